@@ -1,0 +1,1 @@
+"""Hydra presets of moefactory, installed as ``moefactory.conf`` (this file makes ``pkg://moefactory.conf`` work)."""

@@ -1,0 +1,232 @@
+"""START HERE: the two Mixture-of-Experts blocks. `forward` reads as the data flow does.
+
+    hidden_states [B,S,H] -> router -> RoutingPlan -> experts (up GEMM, activation, down GEMM, combine) -> [B,S,H]
+
+Both blocks hold the same parameters and route with the same code; they differ in the function that computes the
+experts, which the constructor binds. What the numbers must be is `moefactory.reference`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from .config import ConfigError, ModelConfig, ResolvedModel, WeightsError
+from .reference import ExpertOptions, ExpertSteps, act_and_mul, activation, compute_experts
+from .routing import RoutingPlan, get_token_counts_and_gather_indices, make_plan, route
+from .weights import BlockWeights, read_hf_block
+
+
+@dataclass(frozen=True)
+class GroupedGEMMResult:
+    """Every intermediate of one forward; rows M = T*K, in expert order unless said otherwise."""
+
+    token_counts_by_expert: Tensor  # [E] int32
+    gather_indices: Tensor  # [T*K] int32, expert-order row -> flat (token, slot)
+    topk_weights: Tensor  # [T,K]
+    first_gemm: Tensor  # [T*K, 2I]
+    intermediate: Tensor  # [T*K, I]
+    second_gemm: Tensor  # [T*K, H]
+    hidden_states_unpermute: Tensor  # [T*K, H], token order
+    hidden_states: Tensor  # [B,S,H]
+
+
+class Qwen3MoeGroupedGEMMBlock(nn.Module):
+    """A Qwen3 Mixture-of-Experts block in plain torch.
+
+    Args:
+        config: a Hugging Face config, or sizes as `ModelConfig` or `ResolvedModel`.
+        gate: [E,H], the router's weight.
+        gate_up_proj: [E,2I,H], each expert's gate rows, then its up rows.
+        down_proj: [E,H,I].
+        dW_only: compute the gradients of the weights only.
+        dX_only: compute the gradient of the input only.
+        trace: return every intermediate (`GroupedGEMMResult`) in place of the hidden states alone.
+
+    Parameters given as `nn.Parameter` are shared, tensors become parameters.
+
+    Raises:
+        ConfigError: dW_only with dX_only; an activation that transformers does not know.
+        WeightsError: shapes, dtypes or devices that do not fit.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        gate: Tensor,
+        gate_up_proj: Tensor,
+        down_proj: Tensor,
+        *,
+        dW_only: bool = False,
+        dX_only: bool = False,
+        trace: bool = True,
+    ) -> None:
+        super().__init__()
+        self.model = model_sizes(config)
+        if dW_only and dX_only:
+            raise ConfigError(
+                "dW_only-dX_only: dW_only=true and dX_only=true leave nothing to compute; set at most one"
+            )
+        _check_tensors(self.model, gate, gate_up_proj, down_proj)
+        self._check_activation()
+        self.gate = _parameter(gate)
+        self.gate_up_proj = _parameter(gate_up_proj)
+        self.down_proj = _parameter(down_proj)
+        self.dW_only, self.dX_only, self.trace = dW_only, dX_only, trace
+        self.options = ExpertOptions(hidden_act=self.model.hidden_act)
+
+    def forward(self, hidden_states: Tensor) -> tuple[Any, Tensor]:
+        """Run the block.
+
+        Args:
+            hidden_states: [B,S,H] (any leading dimensions), in the weights' dtype; under autocast any floating dtype,
+                and everything but the router's softmax is then computed in autocast's dtype.
+
+        Returns:
+            (GroupedGEMMResult with `trace`, else hidden states shaped as the input; router_logits [T,E]).
+
+        Raises:
+            ValueError: a last dimension other than H, or a dtype or device other than the weights'.
+        """
+        x, gate, gate_up_proj, down_proj = self._inputs(hidden_states)
+        router_logits, routing_weights, selected_experts = route(x, gate, self.model.top_k, self.model.norm_topk_prob)
+        plan = make_plan(selected_experts, self.model.num_experts)
+        out, steps = self._experts(x, routing_weights, plan, gate_up_proj, down_proj)
+        out = out.view(hidden_states.shape)
+        if steps is None:
+            return out, router_logits
+        return _result(plan, routing_weights, steps, out), router_logits
+
+    def _experts(
+        self, x: Tensor, routing_weights: Tensor, plan: RoutingPlan, gate_up_proj: Tensor, down_proj: Tensor
+    ) -> tuple[Tensor, ExpertSteps | None]:
+        """([T,H], the intermediates if they are to be traced)."""
+        out, steps = compute_experts(x, routing_weights, plan, gate_up_proj, down_proj, self.options)
+        return out, steps if self.trace else None
+
+    def _inputs(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x [T,H] and the three weights, cut off from the graph where no gradient is asked for."""
+        if hidden_states.ndim < 1 or hidden_states.shape[-1] != self.model.hidden_size:
+            got = tuple(hidden_states.shape)
+            raise ValueError(f"hidden_states: got shape {got}; needed: [..., {self.model.hidden_size}]")
+        if hidden_states.device != self.gate.device:
+            raise ValueError(f"hidden_states: got device {hidden_states.device}; the weights are on {self.gate.device}")
+        x = hidden_states.reshape(-1, self.model.hidden_size)
+        weights = [self.gate, self.gate_up_proj, self.down_proj]
+        kind = hidden_states.device.type
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+            x, *weights = (t.to(dtype) for t in (x, *weights))
+        elif hidden_states.dtype != self.gate.dtype:
+            raise ValueError(f"hidden_states: got {hidden_states.dtype}; needed: the weights' dtype {self.gate.dtype}")
+        if self.dW_only:
+            x = x.detach()
+        if self.dX_only:
+            weights = [w.detach() for w in weights]
+        return x, weights[0], weights[1], weights[2]
+
+    def _check_activation(self) -> None:
+        activation(self.model.hidden_act)
+
+    def act_and_mul(self, x: Tensor) -> Tensor:
+        """``act(gate) * up``: x [..., 2I] -> [..., I]."""
+        return act_and_mul(x, self.model.hidden_act)
+
+    def run_router(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """hidden_states [T,H] -> router_logits [T,E], routing_weights [T,K] in its dtype, selected_experts [T,K]."""
+        return route(hidden_states, self.gate, self.model.top_k, self.model.norm_topk_prob)
+
+    def get_token_counts_and_gather_indices(self, selected_experts: Tensor) -> tuple[Tensor, Tensor]:
+        """selected_experts [T,K] -> token_counts_by_expert [E], gather_indices [T*K], integers, stable per expert."""
+        return get_token_counts_and_gather_indices(selected_experts, self.model.num_experts)
+
+    @staticmethod
+    def extract_hf_weights(moe_block: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+        """(gate [E,H], gate_up_proj [E,2I,H], down_proj [E,H,I]) of a Hugging Face block of either layout."""
+        weights = read_hf_block(moe_block)
+        return weights.gate, weights.gate_up_proj, weights.down_proj
+
+    @classmethod
+    def from_hf(cls, moe_block: nn.Module, **options: Any) -> Self:
+        """A block with the weights of a Hugging Face block: shared where its layout is ours, else copied.
+
+        Args:
+            moe_block: a sparse Qwen3 block of transformers 4.57 to 5.
+            options: keyword arguments of the constructor.
+        """
+        return cls.from_weights(read_hf_block(moe_block), **options).train(moe_block.training)
+
+    @classmethod
+    def from_weights(cls, weights: BlockWeights, **options: Any) -> Self:
+        """A block that holds these weights."""
+        return cls(weights.model, weights.gate, weights.gate_up_proj, weights.down_proj, **options)
+
+    def check_weights(self, moe_block: nn.Module) -> None:
+        """Raise WeightsError naming the first tensor that differs from the Hugging Face block's, bit for bit."""
+        theirs = read_hf_block(moe_block)
+        for name in ("gate", "gate_up_proj", "down_proj"):
+            own, other = getattr(self, name).detach(), getattr(theirs, name).detach()
+            if own.shape != other.shape or own.dtype != other.dtype:
+                mine = f"{tuple(own.shape)} {own.dtype}"
+                raise WeightsError(f"{name}: this block has {mine}, the other {tuple(other.shape)} {other.dtype}")
+            if not torch.equal(own, other.to(own.device)):
+                count = int((own != other.to(own.device)).sum())
+                raise WeightsError(f"{name}: {count} of {own.numel()} elements differ")
+
+    def explain(self, num_tokens: int) -> str:
+        """Which code computes the experts for this many tokens, and why."""
+        return f"backend torch: a loop over {self.model.num_experts} experts, {num_tokens * self.model.top_k} rows"
+
+    def extra_repr(self) -> str:
+        """Sizes and flags, for print."""
+        sizes = ", ".join(f"{f.name}={getattr(self.model, f.name)}" for f in fields(self.model))
+        return f"{sizes}, dW_only={self.dW_only}, dX_only={self.dX_only}, trace={self.trace}"
+
+
+def _result(plan: RoutingPlan, routing_weights: Tensor, steps: ExpertSteps, out: Tensor) -> GroupedGEMMResult:
+    return GroupedGEMMResult(
+        token_counts_by_expert=plan.token_counts_by_expert,
+        gather_indices=plan.gather_indices,
+        topk_weights=routing_weights,
+        hidden_states=out,
+        **{f.name: getattr(steps, f.name) for f in fields(steps)},
+    )
+
+
+def model_sizes(config: Any) -> ResolvedModel:
+    """The sizes of a Hugging Face config or of our own. ConfigError names what is missing."""
+    if isinstance(config, ResolvedModel):
+        return config
+    names = {f.name: f.name for f in fields(ResolvedModel)}
+    if not isinstance(config, ModelConfig):
+        names["top_k"] = "num_experts_per_tok"
+    values = {ours: getattr(config, theirs, None) for ours, theirs in names.items()}
+    if missing := [names[ours] for ours, value in values.items() if value is None]:
+        raise ConfigError(f"config: got a {type(config).__name__} without {', '.join(missing)}")
+    return ResolvedModel(**values)
+
+
+def _parameter(tensor: Tensor) -> nn.Parameter:
+    return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor)
+
+
+def _check_tensors(model: ResolvedModel, gate: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> None:
+    """Shapes against the sizes, dtypes and devices against each other."""
+    e, h, i = model.num_experts, model.hidden_size, model.moe_intermediate_size
+    wanted = {
+        "gate": (gate, (e, h)),
+        "gate_up_proj": (gate_up_proj, (e, 2 * i, h)),
+        "down_proj": (down_proj, (e, h, i)),
+    }
+    for name, (tensor, shape) in wanted.items():
+        if tuple(tensor.shape) != shape:
+            raise WeightsError(f"{name}: got shape {tuple(tensor.shape)}; the config's sizes need {shape}")
+        if tensor.dtype != gate.dtype or tensor.device != gate.device or not tensor.is_floating_point():
+            raise WeightsError(
+                f"{name}: got {tensor.dtype} on {tensor.device}; the gate is {gate.dtype} on {gate.device}"
+            )
+    if not 1 <= model.top_k <= e:
+        raise ConfigError(f"top-k: model.top_k={model.top_k} with model.num_experts={e}; top_k is 1 to num_experts")

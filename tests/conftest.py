@@ -1,0 +1,45 @@
+"""Set before anything imports triton: its kernels are interpreted on the CPU, unless the run is for a GPU.
+
+``MOEFACTORY_TEST_GPU=1`` (make test-gpu) runs the same cases compiled, on cuda. A process is one or the other.
+"""
+
+import os
+import sys
+
+GPU = os.environ.get("MOEFACTORY_TEST_GPU", "") == "1"
+if "triton" in sys.modules:
+    raise RuntimeError("triton was imported before tests/conftest.py could choose between interpreter and compiler")
+if GPU:
+    os.environ.pop("TRITON_INTERPRET", None)
+else:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Declare the markers."""
+    config.addinivalue_line("markers", "interpreter: needs Triton's interpreter, deselected on a GPU")
+    config.addinivalue_line("markers", "gpu: needs a GPU, deselected without")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect, rather than skip, what belongs to the other kind of run: a skip stays a thing to explain."""
+    other = "interpreter" if GPU else "gpu"
+    dropped = [item for item in items if item.get_closest_marker(other)]
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = [item for item in items if item not in dropped]
+
+
+@pytest.fixture
+def device() -> str:
+    """Where the cases run."""
+    return "cuda" if GPU else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """Each test starts from the same random state, whatever ran before it."""
+    torch.manual_seed(0)
