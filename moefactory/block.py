@@ -8,15 +8,30 @@ experts, which the constructor binds. What the numbers must be is `moefactory.re
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from .config import ConfigError, ModelConfig, ResolvedModel, WeightsError
+from .config import (
+    GEMMS,
+    PASSES,
+    Backend,
+    BackendConfig,
+    ConfigError,
+    DType,
+    KernelsConfig,
+    ModelConfig,
+    MoeConfig,
+    ResolvedModel,
+    WeightsError,
+    resolve_kernels,
+)
+from .machine import why_not_here
 from .reference import ExpertOptions, ExpertSteps, act_and_mul, activation, compute_experts
 from .routing import RoutingPlan, get_token_counts_and_gather_indices, make_plan, route
+from .rules import check_rules, make_case
 from .weights import BlockWeights, read_hf_block
 
 
@@ -115,7 +130,7 @@ class Qwen3MoeGroupedGEMMBlock(nn.Module):
         if hidden_states.device != self.gate.device:
             raise ValueError(f"hidden_states: got device {hidden_states.device}; the weights are on {self.gate.device}")
         x = hidden_states.reshape(-1, self.model.hidden_size)
-        weights = [self.gate, self.gate_up_proj, self.down_proj]
+        weights: list[Tensor] = [self.gate, self.gate_up_proj, self.down_proj]
         kind = hidden_states.device.type
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
@@ -186,6 +201,114 @@ class Qwen3MoeGroupedGEMMBlock(nn.Module):
         return f"{sizes}, dW_only={self.dW_only}, dX_only={self.dX_only}, trace={self.trace}"
 
 
+class Qwen3MoeFusedGroupedGEMMBlock(Qwen3MoeGroupedGEMMBlock):
+    """The same block with its experts in fused Triton kernels (`moefactory.triton`).
+
+    Args:
+        config, gate, gate_up_proj, down_proj, dW_only, dX_only: as in `Qwen3MoeGroupedGEMMBlock`.
+        permute_x: the up GEMM gathers token rows itself; off, it reads a permuted copy (which TMA can load).
+        permute_y: the down GEMM scatters to token order itself; off, combine reads expert order through the index.
+        autotune: use tuned kernel configs where the cache has them (`tune`), the shipped choice elsewhere.
+        kernel_config_fwd: a `KernelConfigForward`, a pair of them (up, down), or None for the shipped choice.
+        kernel_config_bwd_dW, kernel_config_bwd_dX: likewise; stated configs need autotune=False.
+        fuse_swiglu: the activation (and its derivative) is a GEMM epilogue; off, a kernel of its own.
+        fuse_combine: one kernel unpermutes and sums; off, the sum is torch's.
+        trace: return every intermediate (`GroupedGEMMResult`).
+
+    Raises:
+        ConfigError: a broken rule, by its id, or a machine that cannot run these weights' device or flags.
+        WeightsError: shapes, dtypes, devices or strides that do not fit.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        gate: Tensor,
+        gate_up_proj: Tensor,
+        down_proj: Tensor,
+        permute_x: bool = True,
+        permute_y: bool = True,
+        autotune: bool = True,
+        kernel_config_fwd: Any = None,
+        kernel_config_bwd_dW: Any = None,
+        kernel_config_bwd_dX: Any = None,
+        dW_only: bool = False,
+        dX_only: bool = False,
+        *,
+        fuse_swiglu: bool = True,
+        fuse_combine: bool = True,
+        trace: bool = False,
+    ) -> None:
+        super().__init__(config, gate, gate_up_proj, down_proj, dW_only=dW_only, dX_only=dX_only, trace=trace)
+        kernels = KernelsConfig(fwd=kernel_config_fwd, bwd_dX=kernel_config_bwd_dX, bwd_dW=kernel_config_bwd_dW)
+        self.moe_config = MoeConfig(
+            backend=BackendConfig(Backend.triton), kernels=kernels, permute_x=permute_x, permute_y=permute_y,
+            fuse_swiglu=fuse_swiglu, fuse_combine=fuse_combine, dW_only=dW_only, dX_only=dX_only,
+            autotune=autotune, trace=trace,
+        )  # fmt: skip
+        check_rules(make_case(self.moe_config, self.model, _dtype_of(gate)))
+        for name in ("gate_up_proj", "down_proj"):
+            if not getattr(self, name).is_contiguous():
+                strides = tuple(getattr(self, name).stride())
+                raise WeightsError(f"{name}: got strides {strides}; the kernels need a contiguous tensor")
+        self._check_placement()
+        self._bind()
+
+    def _bind(self) -> None:
+        """Bind the fused function; importing triton only now leaves the torch backend free of it."""
+        from .triton.ops import compute_experts as fused_experts
+        from .triton.options import FusedOptions
+
+        config = self.moe_config
+        choice = resolve_kernels(config.kernels)
+        stated = ((p, g, choice.get(p, g)) for p in PASSES for g in GEMMS)
+        self.fused = FusedOptions(
+            top_k=self.model.top_k, permute_x=config.permute_x, permute_y=config.permute_y,
+            fuse_swiglu=config.fuse_swiglu, fuse_combine=config.fuse_combine, autotune=config.autotune,
+            kernels=tuple((p, g, c) for p, g, c in stated if c is not None),
+        )  # fmt: skip
+        self._fused_experts = fused_experts
+
+    def _check_placement(self) -> None:
+        """ConfigError where the weights' device cannot run these kernels. A meta device is judged when it is left."""
+        if self.gate.device.type == "meta":
+            return
+        placed = replace(self.moe_config, device=str(self.gate.device), dtype=_dtype_of(self.gate))
+        if reason := why_not_here(placed):
+            raise ConfigError(f"this machine cannot run it: {reason}")
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """Module.to, .cuda, .half, ...: what the new place cannot run is refused there."""
+        super()._apply(fn, recurse)
+        self._check_placement()
+        return self
+
+    def _experts(
+        self, x: Tensor, routing_weights: Tensor, plan: RoutingPlan, gate_up_proj: Tensor, down_proj: Tensor
+    ) -> tuple[Tensor, ExpertSteps | None]:
+        experts, fused = self._fused_experts, self.fused
+        out, traced = experts(x, routing_weights, plan, gate_up_proj, down_proj, fused, trace=self.trace)
+        if traced is None:
+            return out, None
+        h, a, y = traced
+        token_order = fused.permute_y or not fused.fuse_combine
+        expert_order, unpermuted = (y[plan.gather_indices], y) if token_order else (y, y[plan.scatter_indices])
+        return out, ExpertSteps(h, a, expert_order, unpermuted)
+
+    def _check_activation(self) -> None:
+        """The rule triton-activation speaks for itself."""
+
+    def explain(self, num_tokens: int) -> str:
+        """Which kernels run for this many tokens, with which configs, and where each config is from."""
+        from .triton.explain import explain
+
+        return explain(self, num_tokens)
+
+
+def _dtype_of(tensor: Tensor) -> DType:
+    return DType(str(tensor.dtype).removeprefix("torch."))
+
+
 def _result(plan: RoutingPlan, routing_weights: Tensor, steps: ExpertSteps, out: Tensor) -> GroupedGEMMResult:
     return GroupedGEMMResult(
         token_counts_by_expert=plan.token_counts_by_expert,
@@ -203,7 +326,7 @@ def model_sizes(config: Any) -> ResolvedModel:
     names = {f.name: f.name for f in fields(ResolvedModel)}
     if not isinstance(config, ModelConfig):
         names["top_k"] = "num_experts_per_tok"
-    values = {ours: getattr(config, theirs, None) for ours, theirs in names.items()}
+    values: dict[str, Any] = {ours: getattr(config, theirs, None) for ours, theirs in names.items()}
     if missing := [names[ours] for ours, value in values.items() if value is None]:
         raise ConfigError(f"config: got a {type(config).__name__} without {', '.join(missing)}")
     return ResolvedModel(**values)

@@ -11,10 +11,10 @@ Vocabulary: tokens T, experts E, ``top_k`` K, ``hidden_size`` H, ``moe_intermedi
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, make_dataclass, replace
 from enum import Enum
-from functools import cache
+from functools import cache, partial
 from typing import Any, TypeAlias, TypeVar
 
 import omegaconf
@@ -146,12 +146,12 @@ class KernelConfigBackward_dW:
 
 
 KernelConfig: TypeAlias = KernelConfigForward | KernelConfigBackward_dX | KernelConfigBackward_dW
-_K = TypeVar("_K", KernelConfigForward, KernelConfigBackward_dX, KernelConfigBackward_dW)
+_K = TypeVar("_K", bound=KernelConfig)
 
 
 def _schema_node(kernel: type) -> type:
     """The schema of one kernel's node: its fields, none stated, once for both GEMMs and once more under up and down."""
-    stated = [(f.name, f"{f.type} | None", field(default=None)) for f in fields(kernel)]
+    stated: list[Any] = [(f.name, f"{f.type} | None", field(default=None)) for f in fields(kernel)]
     one = make_dataclass(f"{kernel.__name__}One", stated, namespace={"__module__": __name__})
     globals()[one.__name__] = one  # dataclasses are pickled and resolved by name
     both = [(gemm, one, field(default_factory=one)) for gemm in ("up", "down")]
@@ -198,8 +198,13 @@ class MoeConfig:
     device: str | None = None  # None: the source's own, cpu for random weights
 
 
-PASSES = {"fwd": KernelConfigForward, "bwd_dX": KernelConfigBackward_dX, "bwd_dW": KernelConfigBackward_dW}
+PASSES: dict[str, type[KernelConfig]] = {
+    "fwd": KernelConfigForward,
+    "bwd_dX": KernelConfigBackward_dX,
+    "bwd_dW": KernelConfigBackward_dW,
+}
 GEMMS = ("up", "down")
+MAX_TEXT = 4096  # characters of a value; a path is shorter
 
 
 @dataclass(frozen=True)
@@ -234,7 +239,9 @@ def kernel_pair(value: Any, kind: type[_K], key: str) -> tuple[_K | None, _K | N
     if isinstance(value, tuple | list) and len(value) == 2 and all(v is None or isinstance(v, kind) for v in value):
         return value[0], value[1]
     if not all(hasattr(value, gemm) for gemm in GEMMS):
-        raise ConfigError(f"{key}: got {value!r}; allowed: None, a {kind.__name__}, or a pair of them (up, down)")
+        raise ConfigError(
+            f"{key}: got {shorten(value)}; allowed: None, a {kind.__name__}, or a pair of them (up, down)"
+        )
     shared = {f.name: v for f in fields(kind) if (v := getattr(value, f.name)) is not None}
     pair = []
     for gemm in GEMMS:
@@ -274,9 +281,17 @@ def nearest(name: str, allowed: list[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
+@cache
+def _schema() -> Any:
+    """The schema as OmegaConf sees it. Read only: it is one for the whole process."""
+    schema = OmegaConf.structured(MoeConfig)
+    OmegaConf.set_readonly(schema, True)
+    return schema
+
+
 def field_paths(schema: Any = None, prefix: str = "") -> list[str]:
     """Every key of the schema, dotted, such as ``model.top_k``."""
-    node = OmegaConf.structured(MoeConfig) if schema is None else schema
+    node = _schema() if schema is None else schema
     paths = []
     for key in node:
         child = node._get_node(key)
@@ -286,45 +301,125 @@ def field_paths(schema: Any = None, prefix: str = "") -> list[str]:
     return paths
 
 
-def _unknown_keys(node: Any, schema: Any, prefix: str) -> Iterator[tuple[str, list[str]]]:
-    """(path, allowed names) of each key of `node` that `schema` lacks, without resolving any interpolation."""
-    if isinstance(node, str | int | float | list | None):
-        allowed = ", ".join(str(k) for k in schema)
-        raise ConfigError(f"{prefix[:-1]}: got {node!r}; allowed: a mapping with {allowed}")
-    if not isinstance(node, Mapping) and not OmegaConf.is_dict(node):
-        return  # a dataclass: OmegaConf checks it
-    allowed = [str(k) for k in schema]
-    for key in list(node):
-        path = f"{prefix}{key}"
-        if str(key) not in allowed:
-            yield path, allowed
-            continue
-        child = node._get_node(key) if OmegaConf.is_dict(node) else node[key]
-        below = schema._get_node(key)
-        if OmegaConf.is_dict(below):
-            yield from _unknown_keys(child, below, f"{path}.")
+def from_mapping(nodes: Mapping[str, Any] | MoeConfig) -> MoeConfig:
+    """A `MoeConfig` from plain or Hydra nodes or from another one, every key and type checked, enums as members.
 
-
-def from_mapping(nodes: Mapping[str, Any]) -> MoeConfig:
-    """A `MoeConfig` from plain or Hydra nodes, every key and type checked.
+    Nodes of an OmegaConf config are resolved where they live. A plain mapping holds values, not interpolations: text
+    with ``${`` in it is refused, so that nothing read from a file can name the environment or grow without bound.
+    What an interpolation brought is never shown in a message.
 
     Raises:
-        ConfigError: an unknown key (with the nearest name), a key that begins with ``_``, or a value of the wrong type.
+        ConfigError: an unknown key (with the nearest name), a key that begins with ``_``, a value that is missing
+            (``???``) or of the wrong type.
     """
-    schema = OmegaConf.structured(MoeConfig)
-    for path, allowed in _unknown_keys(nodes, schema, ""):
-        last = path.rsplit(".", 1)[-1]
-        if last.startswith("_"):
-            raise ConfigError(f"{path}: keys that begin with '_' are not accepted; choose backend and weights by name")
-        hint = nearest(last, allowed) or nearest(path, field_paths()) or _same_field(last)
-        raise ConfigError(f"{path}: no such key; allowed here: {', '.join(allowed)}{hint}")
+    schema, hidden = _schema(), set[str]()
+    plain = _plain(nodes, schema, "", hidden)
     try:
-        merged = OmegaConf.merge(schema, dict(nodes))
-        config = OmegaConf.to_object(merged)
+        config = OmegaConf.to_object(OmegaConf.merge(schema, plain))
     except omegaconf.errors.OmegaConfBaseException as error:
-        raise ConfigError(_one_line(error, schema)) from None
+        key = str(error.full_key)
+        raise ConfigError(f"{key}: got {_came(plain, key, hidden)}{allowed_values(key)}") from None
     assert isinstance(config, MoeConfig)
     return config
+
+
+def _plain(nodes: Any, schema: Any, path: str, hidden: set[str]) -> dict[str, Any]:
+    """`nodes` as a plain dict with the schema's keys and scalars only; `hidden` collects keys of interpolations."""
+    allowed = [str(key) for key in schema]
+    plain: dict[str, Any] = {}
+    for key, read in _items(nodes, path, allowed):
+        here = f"{path}.{key}" if path else str(key)
+        if not isinstance(key, str) or key not in allowed:
+            raise ConfigError(_unknown_key(here, str(key), allowed))
+        value = read(here, hidden)
+        below = schema._get_node(key)
+        if path == "kernels" and (value is None or isinstance(value, KernelConfig | tuple | list)):
+            up, down = kernel_pair(value, PASSES[key], here)
+            value = {"up": asdict(up) if up else {}, "down": asdict(down) if down else {}}
+        if OmegaConf.is_dict(below):
+            plain[key] = _plain(value, below, here, hidden)
+        else:
+            plain[key] = _scalar(value, below, here, hidden)
+    return plain
+
+
+_Read: TypeAlias = Callable[[str, set[str]], Any]
+
+
+def _items(nodes: Any, path: str, allowed: list[str]) -> list[tuple[Any, _Read]]:
+    """(key, reader of its value) of a mapping, an OmegaConf node or a dataclass."""
+    if OmegaConf.is_dict(nodes) and not (nodes._is_none() or nodes._is_missing()):
+        return [(key, partial(_resolved, nodes, key)) for key in nodes]
+    if isinstance(nodes, Mapping) and not OmegaConf.is_config(nodes):
+        return [(key, partial(_stated, value)) for key, value in nodes.items()]
+    if is_dataclass(nodes) and not isinstance(nodes, type | KernelConfig):
+        return [(f.name, partial(_stated, getattr(nodes, f.name))) for f in fields(nodes)]
+    raise ConfigError(f"{path or 'moe'}: got {shorten(nodes)}; allowed: a mapping with {', '.join(allowed)}")
+
+
+def _stated(value: Any, path: str, hidden: set[str]) -> Any:
+    if isinstance(value, str) and "${" in value:
+        raise ConfigError(f"{path}: got an interpolation; allowed in a Hydra or OmegaConf config only: state the value")
+    return _not_missing(value, path)
+
+
+def _resolved(nodes: Any, key: Any, path: str, hidden: set[str]) -> Any:
+    if not OmegaConf.is_interpolation(nodes, key):
+        return _not_missing("???" if OmegaConf.is_missing(nodes, key) else nodes[key], path)
+    hidden.add(path)
+    text = shorten(nodes._get_node(key)._value())
+    try:
+        value = nodes[key]
+    except (omegaconf.errors.OmegaConfBaseException, RecursionError):
+        raise ConfigError(f"{path}: the interpolation {text} cannot be resolved") from None
+    if isinstance(value, str) and "${" in value:
+        raise ConfigError(f"{path}: the interpolation {text} brings another one; allowed: a value")
+    return value
+
+
+def _not_missing(value: Any, path: str) -> Any:
+    if isinstance(value, str) and value == "???":
+        raise ConfigError(f"{path}: got ???, which stands for a value that must be stated; state it")
+    return value
+
+
+def _scalar(value: Any, schema: Any, path: str, hidden: set[str]) -> Any:
+    """The value of a leaf, or ConfigError where OmegaConf would be too generous: containers, long texts, 2 as true."""
+    number_for_bool = schema._metadata.ref_type is bool and not isinstance(value, bool | str | None)
+    too_long = isinstance(value, str) and len(value) > MAX_TEXT
+    huge = isinstance(value, int) and value.bit_length() > 64
+    if number_for_bool or too_long or huge or not isinstance(value, bool | int | float | str | Enum | None):
+        came = "the value of an interpolation" if path in hidden else shorten(value)
+        raise ConfigError(f"{path}: got {came}{allowed_values(path)}")
+    return value
+
+
+def shorten(value: Any) -> str:
+    """What came, for one line of an error message: at most 60 characters, a container by its type."""
+    if isinstance(value, int) and value.bit_length() > 64:
+        return f"an integer of {value.bit_length()} bits"
+    if isinstance(value, str | int | float | Enum | None):
+        text = repr(value[:80]) if isinstance(value, str) else str(value)
+        return text if len(text) <= 60 else f"{text[:57]}..."
+    return f"a {type(value).__name__}"
+
+
+def _came(plain: dict[str, Any], key: str, hidden: set[str]) -> str:
+    value: Any = plain
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else value
+    return "the value of an interpolation" if key in hidden else shorten(value)
+
+
+def _unknown_key(path: str, key: str, allowed: list[str]) -> str:
+    """The message for a key that the schema lacks."""
+    if key.startswith("_"):
+        return f"{shorten(path)[1:-1]}: keys that begin with '_' are not accepted; choose backend and weights by name"
+    if "." in key and key in field_paths():
+        hint = f" (nest it: {key.replace('.', ': {')}: ...{'}' * key.count('.')})"
+    else:
+        hint = nearest(key[:80], allowed) or nearest(path[:80], field_paths()) or _same_field(key[:80])
+    return f"{shorten(path)[1:-1]}: no such key; allowed here: {', '.join(allowed)}{hint}"
 
 
 def _same_field(name: str) -> str:
@@ -334,16 +429,9 @@ def _same_field(name: str) -> str:
     return f" (did you mean {by_leaf[close[0]]!r}?)" if close else ""
 
 
-def _one_line(error: Exception, schema: Any) -> str:
-    """OmegaConf's error as key: what came; allowed. The value itself is OmegaConf's wording, its first line."""
-    key = str(getattr(error, "full_key", None) or "moe")
-    text = str(error).splitlines()[0]
-    return f"{key}: {text}{allowed_values(key)}"
-
-
 def allowed_values(key: str) -> str:
     """``; allowed: ...`` for a schema key (its type or its options), or nothing for a key the schema lacks."""
-    node: Any = OmegaConf.structured(MoeConfig)
+    node: Any = _schema()
     for part in key.split("."):
         if not OmegaConf.is_dict(node) or part not in node:
             return ""

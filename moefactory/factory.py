@@ -10,8 +10,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from .block import Qwen3MoeGroupedGEMMBlock
-from .config import ConfigError, DType, MoeConfig, WeightsConfig, WeightsSource, from_mapping, resolve_model
+from .block import Qwen3MoeFusedGroupedGEMMBlock, Qwen3MoeGroupedGEMMBlock
+from .config import (
+    PASSES,
+    Backend,
+    ConfigError,
+    DType,
+    MoeConfig,
+    WeightsConfig,
+    WeightsSource,
+    from_mapping,
+    kernel_pair,
+    resolve_model,
+)
 from .machine import why_not_here
 from .reference import activation
 from .rules import check_rules, make_case
@@ -58,7 +69,13 @@ def from_nodes(source: nn.Module | None = None, /, **nodes: Any) -> nn.Module:
 def make_block(config: MoeConfig, weights: BlockWeights) -> Qwen3MoeGroupedGEMMBlock:
     """The block of a legal configuration around weights that are there."""
     flags: dict[str, Any] = {"dW_only": config.dW_only, "dX_only": config.dX_only, "trace": config.trace}
-    return Qwen3MoeGroupedGEMMBlock.from_weights(weights, **flags)
+    if config.backend.name is Backend.torch:
+        return Qwen3MoeGroupedGEMMBlock.from_weights(weights, **flags)
+    for name in ("permute_x", "permute_y", "fuse_swiglu", "fuse_combine", "autotune"):
+        flags[name] = getattr(config, name)
+    for name in PASSES:
+        flags[f"kernel_config_{name}"] = kernel_pair(getattr(config.kernels, name), PASSES[name], f"kernels.{name}")
+    return Qwen3MoeFusedGroupedGEMMBlock.from_weights(weights, **flags)
 
 
 def _with_source(config: MoeConfig, source: nn.Module | None) -> MoeConfig:

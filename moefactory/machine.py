@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 
-from .config import Backend, MoeConfig
+from .config import Backend, DType, MoeConfig, resolve_kernels
 
 
 def interpreting() -> bool:
@@ -29,4 +30,25 @@ def why_not_here(config: MoeConfig) -> str | None:
 
 
 def _why_not_triton(config: MoeConfig, kind: str) -> str | None:
-    return "backend triton is not built yet"
+    if find_spec("triton") is None:
+        return "backend triton needs the package triton, which is not installed"
+    if interpreting():
+        return None
+    if kind != "cuda":
+        return f"backend triton on device={config.device or 'cpu'} needs a GPU, or TRITON_INTERPRET=1 from the start"
+    if config.dtype is DType.float64:
+        return "backend triton computes float64 only in the interpreter (TRITON_INTERPRET=1)"
+    return _why_not_tma(config)
+
+
+def _why_not_tma(config: MoeConfig) -> str | None:
+    """TMA came with Hopper (compute capability 9.0)."""
+    import torch
+
+    capability = torch.cuda.get_device_capability(config.device)
+    for (pass_name, gemm), kernel in resolve_kernels(config.kernels).configs.items():
+        used = [name for name in vars(kernel) if name.startswith("use_tma") and getattr(kernel, name)] if kernel else []
+        if used and capability < (9, 0):
+            key = f"kernels.{pass_name}.{gemm}.{used[0]}"
+            return f"{key}=true needs compute capability 9.0, this GPU has {capability[0]}.{capability[1]}"
+    return None

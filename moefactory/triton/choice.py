@@ -1,0 +1,139 @@
+"""Which kernel config a launch uses: the stated one, else a tuned one, else the shipped choice. Nothing is timed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from functools import lru_cache
+
+import torch
+import triton
+
+from ..config import DType, KernelConfig, KernelConfigBackward_dW, KernelConfigBackward_dX, KernelConfigForward
+from ..rules import MAX_SHARED_MEMORY, shared_memory
+from .launch import interpreting
+from .options import FusedOptions
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One grouped GEMM to be launched: what a kernel config is chosen (and tuned) for.
+
+    Attributes:
+        pass_name, gemm: fwd, bwd_dX or bwd_dW; up or down.
+        experts, n, k: the weight is [experts, n, k].
+        rows_per_expert: T*K / E, rounded up to a power of two (at least 1).
+        dtype: of the operands.
+        options: the block's flags.
+    """
+
+    pass_name: str
+    gemm: str
+    experts: int
+    n: int
+    k: int
+    rows_per_expert: int
+    dtype: DType
+    options: FusedOptions
+
+    def may_use(self, flag: str) -> bool:
+        """Whether the rules and the alignment allow this TMA flag here."""
+        o = self.options
+        forbidden = {
+            ("fwd", "up", "use_tma_load_x"): o.permute_x,
+            ("fwd", "down", "use_tma_store"): o.permute_y,
+            ("bwd_dX", "up", "use_tma_store"): o.permute_x,
+            ("bwd_dX", "down", "use_tma_load_dy"): o.permute_y,
+            ("bwd_dX", "down", "use_tma_store"): o.fuse_swiglu,
+            ("bwd_dW", "up", "use_tma_load_x"): o.permute_x,
+            ("bwd_dW", "down", "use_tma_load_dy"): o.permute_y,
+        }
+        widths = (self.k, self.n, self.n // 2 if self.gemm == "up" else self.n)
+        aligned = all(width * self.dtype.itemsize % 16 == 0 for width in widths)
+        return aligned and not forbidden.get((self.pass_name, self.gemm, flag), False)
+
+
+def bucket(rows: int, experts: int) -> int:
+    """Rows per expert as a power of two: the part of a key that follows the number of tokens."""
+    return triton.next_power_of_2(max(1, -(-rows // experts)))
+
+
+def choose(launch: Launch, device: torch.device) -> tuple[KernelConfig, str]:
+    """(config, where it is from: stated, tuned or shipped)."""
+    if (stated := launch.options.stated(launch.pass_name, launch.gemm)) is not None:
+        return stated, "stated"
+    if launch.options.autotune and (tuned := _tuned(launch, device)) is not None:
+        return tuned, "tuned"
+    return shipped(launch, _capability(device)), "shipped"
+
+
+def _tuned(launch: Launch, device: torch.device) -> KernelConfig | None:
+    return None
+
+
+@lru_cache(maxsize=64)
+def _capability(device: torch.device) -> int:
+    """10 * major + minor of the GPU; 0 in the interpreter."""
+    if device.type != "cuda" or interpreting():
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@lru_cache(maxsize=4096)
+def shipped(launch: Launch, capability: int) -> KernelConfig:
+    """The shipped choice: sane tiles for any GPU, more for Hopper. Always legal, always within shared memory."""
+    sides = _interpreter_tiles(launch) if capability == 0 else _gpu_tiles(launch, capability)
+    kind = {"fwd": KernelConfigForward, "bwd_dX": KernelConfigBackward_dX, "bwd_dW": KernelConfigBackward_dW}
+    config = kind[launch.pass_name](**sides)
+    while shared_memory(launch.pass_name, config, launch.dtype) > _shared_limit(capability):
+        config = _smaller(config)
+    return config
+
+
+def _shared_limit(capability: int) -> int:
+    limits = {75: 65_536, 80: 166_912, 86: 101_376, 87: 166_912, 89: 101_376, 120: 101_376}
+    return limits.get(capability, MAX_SHARED_MEMORY if capability in {0, 90, 100} else 65_536)
+
+
+def _smaller(config: KernelConfig) -> KernelConfig:
+    """One stage less, or, at two stages, half the longest side."""
+    values = {f.name: getattr(config, f.name) for f in fields(config)}
+    if config.num_stages > 2:
+        values["num_stages"] -= 1
+    else:
+        side = max(("block_m", "block_n", "block_k"), key=lambda s: values[s])
+        values[side] //= 2
+    return type(config)(**values)
+
+
+def _interpreter_tiles(launch: Launch) -> dict[str, int]:
+    """Few, large tiles: the interpreter's time goes with their number."""
+
+    def side(size: int) -> int:
+        return min(64, max(16, triton.next_power_of_2(size)))
+
+    n = max(32, side(launch.n))
+    return {"block_m": side(launch.rows_per_expert), "block_n": n, "block_k": side(launch.k)}
+
+
+def _gpu_tiles(launch: Launch, capability: int) -> dict[str, int | bool]:
+    rows, hopper = launch.rows_per_expert, capability >= 90
+    if launch.dtype.itemsize > 2:
+        return {"block_m": 64 if rows > 32 else 16, "block_n": 64, "block_k": 32, "num_warps": 4, "num_stages": 2}
+    tiles: dict[str, int | bool]
+    if launch.pass_name == "bwd_dW":
+        tiles = {"block_m": 64 if rows >= 64 else max(16, rows), "block_n": 128, "block_k": 256 if hopper else 128}
+        tiles |= {"num_warps": 8, "num_stages": 3}
+    else:
+        big = rows > 64 and hopper
+        m = 128 if rows > 64 else min(64, max(16, rows))
+        wide, deep = (256, 64) if big else (128, 64)
+        if launch.pass_name == "bwd_dX" and launch.gemm == "down" and launch.options.fuse_swiglu:
+            wide = 128
+        n, k = (wide, deep) if launch.pass_name == "fwd" else (deep, wide)
+        tiles = {"block_m": m, "block_n": n, "block_k": k, "num_warps": 8 if big else 4, "num_stages": 3}
+    if hopper:
+        loads = ("use_tma_load_x", "use_tma_load_w", "use_tma_load_dy")
+        names = {"fwd": loads[:2], "bwd_dX": loads[1:], "bwd_dW": ()}[launch.pass_name]
+        tiles |= {name: True for name in names if launch.may_use(name)}
+    return tiles

@@ -1,0 +1,50 @@
+"""What a block would launch, in words: read before a run, asserted in tests."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from ..config import GEMMS, PASSES, DType
+from .choice import Launch, bucket, choose
+
+if TYPE_CHECKING:
+    from ..block import Qwen3MoeFusedGroupedGEMMBlock
+
+
+def launches(block: Qwen3MoeFusedGroupedGEMMBlock, num_tokens: int) -> list[Launch]:
+    """The six grouped GEMMs of a step with this many tokens."""
+    found = []
+    for pass_name in PASSES:
+        for gemm in GEMMS:
+            weight = block.gate_up_proj if gemm == "up" else block.down_proj
+            experts, n, k = weight.shape
+            rows = bucket(num_tokens * block.model.top_k, experts)
+            dtype = DType(str(weight.dtype).removeprefix("torch."))
+            found.append(Launch(pass_name, gemm, experts, n, k, rows, dtype, block.fused))
+    return found
+
+
+def explain(block: Qwen3MoeFusedGroupedGEMMBlock, num_tokens: int) -> str:
+    """One line for each grouped GEMM: pass, GEMM, what is fused into it, its config and where that is from."""
+    rows = num_tokens * block.model.top_k
+    lines = [f"backend triton: {rows} rows, {rows / block.model.num_experts:.4g} per expert"]
+    for launch in launches(block, num_tokens):
+        config, origin = choose(launch, block.gate.device)
+        values = " ".join(f"{k}={v}" for k, v in asdict(config).items() if v is not False)
+        lines.append(f"{launch.pass_name} {launch.gemm}: {_fused(launch)}; {values} ({origin})")
+    return "\n".join(lines)
+
+
+def _fused(launch: Launch) -> str:
+    """What happens inside the GEMM besides the product."""
+    o = launch.options
+    parts = {
+        ("fwd", "up"): [o.permute_x and "gathers x", o.fuse_swiglu and "SwiGLU in the epilogue"],
+        ("fwd", "down"): [o.permute_y and "scatters y to token order"],
+        ("bwd_dX", "up"): [o.permute_x and "scatters dx to token order"],
+        ("bwd_dX", "down"): [o.permute_y and "gathers dy", o.fuse_swiglu and "dSwiGLU in the epilogue"],
+        ("bwd_dW", "up"): [o.permute_x and "gathers x"],
+        ("bwd_dW", "down"): [o.permute_y and "gathers dy"],
+    }[launch.pass_name, launch.gemm]
+    return ", ".join(p for p in parts if p) or "the product alone"

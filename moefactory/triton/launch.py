@@ -1,0 +1,66 @@
+"""Launching kernels and naming those that ran; where they run and how many programs that takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..machine import interpreting
+
+INTERPRETED_PROGRAMS = 3  # few, so that a persistent program walks several tiles on a CPU too
+_recorders: list[list[str]] = []
+
+
+@contextmanager
+def record_launches() -> Iterator[list[str]]:
+    """Collect the names of the kernels that are launched within, in order."""
+    names: list[str] = []
+    _recorders.append(names)
+    try:
+        yield names
+    finally:
+        _recorders.remove(names)
+
+
+def launch(name: str, kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
+    """Launch `kernel` over `grid` under `name`."""
+    for names in _recorders:
+        names.append(name)
+    kernel[grid](*args, **meta)
+
+
+@cache
+def _multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def num_programs(device: torch.device, per_multiprocessor: int = 1) -> int:
+    """How many persistent programs fill this device."""
+    if device.type != "cuda":
+        return INTERPRETED_PROGRAMS
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return _multiprocessors(index) * per_multiprocessor
+
+
+def accumulator(dtype: torch.dtype) -> tl.dtype:
+    """The type sums are held in: float32, or float64 for float64 (interpreter only)."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def descriptor(tensor: Tensor, block: list[int]) -> TensorDescriptor:
+    """A host TMA descriptor of a contiguous tensor. ValueError where the address is not a multiple of 16 bytes."""
+    if tensor.data_ptr() % 16:
+        raise ValueError(
+            "a tensor moved by TMA must start at a multiple of 16 bytes; clone it or set its flag to false"
+        )
+    return TensorDescriptor.from_tensor(tensor, block)
+
+
+__all__ = ["accumulator", "descriptor", "interpreting", "launch", "num_programs", "record_launches"]

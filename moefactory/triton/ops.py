@@ -1,0 +1,169 @@
+"""The fused experts as torch custom ops: fake implementations for torch.compile, registered autograd, no graph break.
+
+`moefactory::experts_forward` and `moefactory::experts_backward` wrap `pipeline`. Every shape that they save or return
+depends on T, K and the weights only, never on the routing, so recomputation and CUDA graphs see the same tensors.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..routing import RoutingPlan, combine
+from .options import FusedOptions, parse
+from .pipeline import Pipeline, empty_like_none
+
+
+@torch.library.custom_op("moefactory::experts_forward", mutates_args=())
+def experts_forward(
+    x: Tensor,
+    routing_weights: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    counts: Tensor,
+    gather: Tensor,
+    scatter: Tensor,
+    options: str,
+    save_h: bool,
+    trace: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(out, h, a, y): out [T,H], or rows [T*K,H] in token order without fuse_combine; h with `save_h`; a, y to trace."""
+    pipeline = Pipeline(counts, gather, scatter, parse(options), gate_up_proj, down_proj)
+    a, h = pipeline.up(x, save_h=save_h or trace)
+    y = pipeline.down(a)
+    out = pipeline.combine(y, routing_weights)
+    nothing = [x.new_empty(0) for _ in range(3)]  # three: outputs of a custom op may not alias
+    return out, h if save_h or trace else nothing[0], a if trace else nothing[1], y if trace else nothing[2]
+
+
+@experts_forward.register_fake
+def _(
+    x: Tensor,
+    routing_weights: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    counts: Tensor,
+    gather: Tensor,
+    scatter: Tensor,
+    options: str,
+    save_h: bool,
+    trace: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, width = gather.shape[0], gate_up_proj.shape[1]
+    out = x.new_empty(x.shape[0] if parse(options).fuse_combine else rows, x.shape[1])
+    h = x.new_empty((rows, width) if save_h or trace else 0)
+    a = x.new_empty((rows, width // 2) if trace else 0)
+    y = x.new_empty((rows, x.shape[1]) if trace else 0)
+    return out, h, a, y
+
+
+@torch.library.custom_op("moefactory::experts_backward", mutates_args=())
+def experts_backward(
+    dout: Tensor,
+    x: Tensor,
+    routing_weights: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    h: Tensor,
+    counts: Tensor,
+    gather: Tensor,
+    scatter: Tensor,
+    options: str,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of (x, routing_weights, gate_up_proj, down_proj); one that `needs` does not ask for is empty."""
+    need_x, need_s, need_up, need_down = needs
+    pipeline = Pipeline(counts, gather, scatter, parse(options), gate_up_proj, down_proj)
+    need_dh = need_x or need_s or need_up
+    dh, ds, d_down = pipeline.d_down(dout, h, routing_weights, need_dh=need_dh, need_dw=need_down)
+    dx = pipeline.dx_up(dh) if need_x and dh is not None else None
+    d_up = pipeline.dw_up(dh, x) if need_up and dh is not None else None
+    ds = ds.to(x.dtype).view(routing_weights.shape) if need_s and ds is not None else None
+    return (
+        empty_like_none(dx, x),
+        empty_like_none(ds, x),
+        empty_like_none(d_up, x),
+        empty_like_none(d_down, x),
+    )
+
+
+@experts_backward.register_fake
+def _(
+    dout: Tensor,
+    x: Tensor,
+    routing_weights: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    h: Tensor,
+    counts: Tensor,
+    gather: Tensor,
+    scatter: Tensor,
+    options: str,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    like = (x, routing_weights, gate_up_proj, down_proj)
+    grads = [t.new_empty(t.shape if need else 0) for t, need in zip(like, needs, strict=True)]
+    return grads[0], grads[1], grads[2], grads[3]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, routing_weights, gate_up_proj, down_proj, counts, gather, scatter, options, save_h, _ = inputs
+    ctx.set_materialize_grads(False)  # h, a and y get no gradient: no zeros of their size
+    ctx.options, ctx.saved_h = options, save_h
+    ctx.save_for_backward(x, routing_weights, gate_up_proj, down_proj, output[1], counts, gather, scatter)
+
+
+def _backward(ctx: Any, dout: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+    if any(other is not None for other in others):
+        raise RuntimeError("moefactory: traced intermediates carry no gradient; differentiate hidden_states")
+    if dout is None:
+        return (None,) * 10
+    if not ctx.saved_h:
+        raise RuntimeError("moefactory: this forward ran without gradients, nothing was saved for a backward")
+    x, routing_weights, gate_up_proj, down_proj, h, counts, gather, scatter = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[:4])
+    grads = experts_backward(
+        dout.contiguous(), x, routing_weights, gate_up_proj, down_proj, h, counts, gather, scatter, ctx.options, needs
+    )
+    return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), *(None,) * 6)
+
+
+def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
+    raise RuntimeError("moefactory: the triton backend has no second derivative; choose moe/backend=torch for it")
+
+
+experts_forward.register_autograd(_backward, setup_context=_save)
+experts_backward.register_autograd(_no_second_derivative)
+
+
+def compute_experts(
+    x: Tensor,
+    routing_weights: Tensor,
+    plan: RoutingPlan,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    options: FusedOptions,
+    *,
+    trace: bool = False,
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None]:
+    """The experts' part of the block, as `moefactory.reference.compute_experts`: [T,H] and, with `trace`, (h, a, y).
+
+    Raises:
+        ValueError: a weight that is not contiguous: the kernels read Hugging Face's layout without a copy.
+    """
+    for name, weight in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj)):
+        if not weight.is_contiguous():
+            raise ValueError(f"{name}: got strides {tuple(weight.stride())}; needed: a contiguous tensor")
+    # without fuse_combine the weighted sum is torch's below, and so is the routing weights' gradient
+    weights = routing_weights.contiguous() if options.fuse_combine else routing_weights.detach().contiguous()
+    tensors = (x.contiguous(), weights, gate_up_proj, down_proj)
+    save_h = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    indices = (plan.token_counts_by_expert, plan.gather_indices, plan.scatter_indices)
+    out, h, a, y = experts_forward(*tensors, *indices, options.text, save_h, trace)
+    if not options.fuse_combine:
+        if trace:
+            y = out.detach()
+        out = combine(out, routing_weights)
+    return out, (h.detach(), a.detach(), y.detach()) if trace else None

@@ -1,0 +1,47 @@
+"""What one call of the fused experts needs to know besides its tensors, in a form that a custom op can carry."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from functools import cached_property, lru_cache
+from typing import Any
+
+from ..config import GEMMS, PASSES, KernelConfig
+
+
+@dataclass(frozen=True)
+class FusedOptions:
+    """Flags and stated kernel configs of a block; travels through the custom ops as the string `text`.
+
+    Attributes:
+        top_k: K.
+        permute_x, permute_y, fuse_swiglu, fuse_combine, autotune: as in `MoeConfig`.
+        kernels: (pass, gemm, config) of every stated kernel config.
+    """
+
+    top_k: int
+    permute_x: bool = True
+    permute_y: bool = True
+    fuse_swiglu: bool = True
+    fuse_combine: bool = True
+    autotune: bool = True
+    kernels: tuple[tuple[str, str, KernelConfig], ...] = field(default=())
+
+    def stated(self, pass_name: str, gemm: str) -> KernelConfig | None:
+        """The stated config of a launch, if any."""
+        return next((c for p, g, c in self.kernels if (p, g) == (pass_name, gemm)), None)
+
+    @cached_property
+    def text(self) -> str:
+        """The options as JSON."""
+        plain: dict[str, Any] = {k: v for k, v in self.__dict__.items() if k not in {"kernels", "text"}}
+        return json.dumps({**plain, "kernels": [[p, g, asdict(c)] for p, g, c in self.kernels]}, sort_keys=True)
+
+
+@lru_cache(maxsize=256)
+def parse(text: str) -> FusedOptions:
+    """The options that `FusedOptions.text` wrote."""
+    plain = json.loads(text)
+    kernels = tuple((p, g, PASSES[p](**c)) for p, g, c in plain.pop("kernels") if g in GEMMS)
+    return FusedOptions(**plain, kernels=kernels)

@@ -1,0 +1,152 @@
+"""The fused experts, step by step: which kernel runs after which. Plain functions of tensors, no autograd here.
+
+    forward    up GEMM (+ SwiGLU) -> down GEMM -> combine
+    backward   dX of down (+ dSwiGLU, routing-weight gradient) -> dW of down -> dX of up -> dW of up -> sum over K
+
+Saved between the two: x, the pre-activation h, the routing weights and the plan. The permuted x, the activation and
+the down GEMM's output are not.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ..config import DType, KernelConfig
+from .activation import swiglu_backward, swiglu_forward
+from .backward_dW import dW_gemm
+from .backward_dX import dX_gemm, dX_gemm_dswiglu
+from .choice import Launch, bucket, choose
+from .combine import combine_rows
+from .forward import Rows, forward_gemm
+from .options import FusedOptions
+from .schedule import TileTable, group_offsets, tile_table
+
+
+class Pipeline:
+    """The kernels of one call: its plan, its options and the configs that were chosen for it.
+
+    Args:
+        counts: token_counts_by_expert [E].
+        gather, scatter: the plan's indices [T*K].
+        options: flags and stated configs.
+        gate_up_proj, down_proj: [E,2I,H], [E,H,I].
+    """
+
+    def __init__(
+        self,
+        counts: Tensor,
+        gather: Tensor,
+        scatter: Tensor,
+        options: FusedOptions,
+        gate_up_proj: Tensor,
+        down_proj: Tensor,
+    ) -> None:
+        self.counts, self.gather, self.scatter, self.options = counts, gather, scatter, options
+        self.weights = {"up": gate_up_proj, "down": down_proj}
+        self._tables: dict[int, TileTable] = {}
+
+    @cached_property
+    def _offsets(self) -> Tensor:
+        return group_offsets(self.counts, self.gather.shape[0])
+
+    def _config(self, pass_name: str, gemm: str) -> KernelConfig:
+        weight = self.weights[gemm]
+        experts, n, k = weight.shape
+        rows = bucket(self.gather.shape[0], experts)
+        dtype = DType(str(weight.dtype).removeprefix("torch."))
+        return choose(Launch(pass_name, gemm, experts, n, k, rows, dtype, self.options), weight.device)[0]
+
+    def _rows(self, block_m: int) -> Rows:
+        """The rows with the tile table of this block size; two GEMMs of one block size share it."""
+        if block_m not in self._tables and self.gather.shape[0]:
+            self._tables[block_m] = tile_table(self._offsets, self.gather.shape[0], block_m)
+        empty = TileTable(self.counts, self.counts, self.counts, 0)
+        return Rows(self._offsets, self.gather, self.options.top_k, self._tables.get(block_m, empty))
+
+    def _take(self, rows: Tensor, divisor: int) -> Tensor:
+        """A copy of `rows` in expert order: row gather // divisor."""
+        return rows.index_select(0, self.gather // divisor if divisor > 1 else self.gather)
+
+    def up(self, x: Tensor, *, save_h: bool) -> tuple[Tensor, Tensor]:
+        """(A [T*K,I], H [T*K,2I], or an empty tensor where H is neither needed nor made)."""
+        options = self.options
+        config = self._config("fwd", "up")
+        rows = x if options.permute_x else self._take(x, options.top_k)
+        fused = {"swiglu": options.fuse_swiglu, "store_h": save_h}
+        y, h = forward_gemm(
+            rows, self.weights["up"], self._rows(config.block_m), config, permute_x=options.permute_x, **fused  # type: ignore[arg-type]
+        )  # fmt: skip
+        if options.fuse_swiglu:
+            return y, x.new_empty(0) if h is None else h
+        return swiglu_forward(y, self.gather, None), y
+
+    def down(self, a: Tensor) -> Tensor:
+        """Y [T*K,H], in token order with permute_y, else in expert order."""
+        config = self._config("fwd", "down")
+        rows = self._rows(config.block_m)
+        return forward_gemm(a, self.weights["down"], rows, config, permute_y=self.options.permute_y)[0]  # type: ignore[arg-type]
+
+    def combine(self, y: Tensor, routing_weights: Tensor) -> Tensor:
+        """[T,H]; without fuse_combine only the unpermuted rows [T*K,H], whose sum is left to torch."""
+        options = self.options
+        if options.fuse_combine:
+            return combine_rows(y, self.scatter, routing_weights, options.top_k, token_order=options.permute_y)
+        return y.clone() if options.permute_y else y.index_select(0, self.scatter)
+
+    def d_down(
+        self, dout: Tensor, h: Tensor, routing_weights: Tensor, *, need_dh: bool, need_dw: bool
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """(dH [T*K,2I], ds [T*K], ddown_proj) of dout, [T,H] with fuse_combine, else [T*K,H] in token order."""
+        options = self.options
+        divisor = options.top_k if options.fuse_combine else 1
+        weights = routing_weights.reshape(-1) if options.fuse_combine else None
+        dy, dy_divisor = (dout, divisor) if options.permute_y else (self._take(dout, divisor), 0)
+        dh = ds = dw = None
+        if need_dh:
+            dh, scaled_a, ds = self._d_activation(dy, dy_divisor, h, weights)
+        else:
+            scaled_a = swiglu_forward(h, self.gather, weights)
+        if need_dw:
+            config = self._config("bwd_dW", "down")
+            rows = self._rows_of_dW()
+            dw = dW_gemm(dy, scaled_a, rows, self.counts.shape[0], config, dy_divisor=dy_divisor)  # type: ignore[arg-type]
+        return dh, ds, dw
+
+    def _d_activation(
+        self, dy: Tensor, dy_divisor: int, h: Tensor, weights: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        config = self._config("bwd_dX", "down")
+        rows = self._rows(config.block_m)
+        if self.options.fuse_swiglu:
+            return dX_gemm_dswiglu(dy, self.weights["down"], h, weights, rows, config, dy_divisor=dy_divisor)  # type: ignore[arg-type]
+        da = dX_gemm(dy, self.weights["down"], rows, config, dy_divisor=dy_divisor)  # type: ignore[arg-type]
+        return swiglu_backward(da, h, self.gather, weights)
+
+    def _rows_of_dW(self) -> Rows:
+        """dW walks experts, not row tiles: no table."""
+        return Rows(self._offsets, self.gather, self.options.top_k, TileTable(self.counts, self.counts, self.counts, 0))
+
+    def dw_up(self, dh: Tensor, x: Tensor) -> Tensor:
+        """dgate_up_proj [E,2I,H]."""
+        config, options = self._config("bwd_dW", "up"), self.options
+        rows, divisor = (x, options.top_k) if options.permute_x else (self._take(x, options.top_k), 0)
+        experts = self.counts.shape[0]
+        return dW_gemm(dh, rows, self._rows_of_dW(), experts, config, x_divisor=divisor)  # type: ignore[arg-type]
+
+    def dx_up(self, dh: Tensor) -> Tensor:
+        """The experts' part of dX [T,H]."""
+        config, options = self._config("bwd_dX", "up"), self.options
+        rows = self._rows(config.block_m)
+        dx = dX_gemm(dh, self.weights["up"], rows, config, scatter=options.permute_x)  # type: ignore[arg-type]
+        return combine_rows(dx, self.scatter, None, options.top_k, token_order=options.permute_x)
+
+
+__all__ = ["Pipeline"]
+
+
+def empty_like_none(tensor: Tensor | None, like: Tensor) -> Tensor:
+    """`tensor`, or an empty one: a custom op returns tensors only."""
+    return torch.empty(0, dtype=like.dtype, device=like.device) if tensor is None else tensor

@@ -1,0 +1,96 @@
+"""tiles[t] = (expert, first row): which rows of which expert the t-th row tile of a grouped GEMM computes.
+
+    array            shape            index -> value
+    expert_offsets   [E+2] int32      expert -> its first expert-order row; group E is the dropped slots, then T*K
+    tile_expert      [max] int32      row tile -> expert (E: dropped rows, which the kernels store as zeros)
+    tile_row         [max] int32      row tile -> its first row
+    num_tiles        [1]   int32      how many tiles there are; the rest of the arrays is not written
+
+`max` = T*K // BLOCK_M + min(E + 1, T*K) holds for any routing, so that nothing is read back to the host.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import launch
+
+TILES_PER_PROGRAM = 32
+
+
+@triton.jit
+def _tile_table(
+    expert_offsets_ptr,
+    tile_expert_ptr,
+    tile_row_ptr,
+    num_tiles_ptr,
+    max_tiles,
+    num_groups,
+    BLOCK_M: tl.constexpr,
+    GROUPS: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    offs_g = tl.arange(0, GROUPS)
+    group_mask = offs_g < num_groups
+    first = tl.load(expert_offsets_ptr + offs_g, mask=group_mask, other=0)  # [GROUPS]
+    last = tl.load(expert_offsets_ptr + offs_g + 1, mask=group_mask, other=0)
+    tiles = (last - first + BLOCK_M - 1) // BLOCK_M
+    ends = tl.cumsum(tiles, axis=0)
+    total = tl.sum(tiles, axis=0)
+    offs_t = tl.program_id(0) * TILES + tl.arange(0, TILES)
+    group = tl.sum((ends[None, :] <= offs_t[:, None]).to(tl.int32), axis=1)  # [TILES]
+    mine = offs_g[None, :] == group[:, None]
+    before = tl.sum(tl.where(mine, (ends - tiles)[None, :], 0), axis=1)
+    start = tl.sum(tl.where(mine, first[None, :], 0), axis=1)
+    tile_mask = (offs_t < total) & (offs_t < max_tiles)
+    tl.store(tile_expert_ptr + offs_t, group, mask=tile_mask)
+    tl.store(tile_row_ptr + offs_t, start + (offs_t - before) * BLOCK_M, mask=tile_mask)
+    if tl.program_id(0) == 0:
+        tl.store(num_tiles_ptr, total)
+
+
+@triton.jit
+def tile_of(tile, num_m, num_n, GROUP_M: tl.constexpr):
+    """(row tile, column tile): GROUP_M row tiles share a sweep over the columns, so that weights stay in L2."""
+    width = GROUP_M * num_n
+    first_m = (tile // width) * GROUP_M
+    rows = tl.minimum(num_m - first_m, GROUP_M)
+    return first_m + (tile % width) % rows, (tile % width) // rows
+
+
+@dataclass(frozen=True)
+class TileTable:
+    """The row tiles of one block size."""
+
+    tile_expert: Tensor
+    tile_row: Tensor
+    num_tiles: Tensor
+    max_tiles: int
+
+
+def group_offsets(token_counts_by_expert: Tensor, num_rows: int) -> Tensor:
+    """[E+2] int32: the experts' first rows, the first dropped row, T*K."""
+    counts = token_counts_by_expert
+    offsets = torch.empty(counts.shape[0] + 2, dtype=torch.int32, device=counts.device)
+    offsets[:1].zero_()
+    torch.cumsum(counts, 0, dtype=torch.int32, out=offsets[1:-1])
+    offsets[-1:].fill_(num_rows)
+    return offsets
+
+
+def tile_table(expert_offsets: Tensor, num_rows: int, block_m: int) -> TileTable:
+    """Cut every expert's rows into tiles of `block_m`: one launch, no host synchronisation."""
+    groups = expert_offsets.shape[0] - 1
+    max_tiles = num_rows // block_m + min(groups, num_rows)
+    tile_expert = torch.empty(max_tiles, dtype=torch.int32, device=expert_offsets.device)
+    tile_row = torch.empty_like(tile_expert)
+    num_tiles = torch.empty(1, dtype=torch.int32, device=expert_offsets.device)
+    grid = (triton.cdiv(max_tiles, TILES_PER_PROGRAM),)
+    meta = {"BLOCK_M": block_m, "GROUPS": triton.next_power_of_2(groups), "TILES": TILES_PER_PROGRAM}
+    launch("tile_table", _tile_table, grid, expert_offsets, tile_expert, tile_row, num_tiles, max_tiles, groups, **meta)
+    return TileTable(tile_expert, tile_row, num_tiles, max_tiles)
