@@ -103,8 +103,9 @@ class WeightsConfig:
 class KernelConfigForward:
     """Tiles of a forward grouped GEMM, y[M, N] = x[M, K] * weight[e][N, K]^T.
 
-    block_m counts rows, block_n output features, block_k input features, in elements. ``use_tma_*`` moves that operand
-    with Hopper's tensor memory accelerator, which cannot follow an index: see the rules on permute_x and permute_y.
+    block_m counts rows, block_n output features, block_k input features, in elements. ``flatten`` makes one loop of a
+    program's tiles, so that the loads of the next start under the last steps of this one. ``use_tma_*`` moves that
+    operand with Hopper's tensor memory accelerator, which cannot follow an index: see the rules on the permute flags.
     """
 
     block_m: int = 64
@@ -112,6 +113,7 @@ class KernelConfigForward:
     block_k: int = 64
     num_warps: int = 4
     num_stages: int = 3
+    flatten: bool = False
     use_tma_load_x: bool = False
     use_tma_load_w: bool = False
     use_tma_store: bool = False
@@ -126,6 +128,7 @@ class KernelConfigBackward_dX:
     block_k: int = 64
     num_warps: int = 4
     num_stages: int = 3
+    flatten: bool = False
     use_tma_load_dy: bool = False
     use_tma_load_w: bool = False
     use_tma_store: bool = False
@@ -140,6 +143,7 @@ class KernelConfigBackward_dW:
     block_k: int = 64
     num_warps: int = 4
     num_stages: int = 3
+    flatten: bool = False
     use_tma_load_dy: bool = False
     use_tma_load_x: bool = False
     use_tma_store: bool = False

@@ -33,12 +33,23 @@ def _why_not_triton(config: MoeConfig, kind: str) -> str | None:
     if find_spec("triton") is None:
         return "backend triton needs the package triton, which is not installed"
     if interpreting():
-        return None
+        return _why_not_interpreted(config)
     if kind != "cuda":
         return f"backend triton on device={config.device or 'cpu'} needs a GPU, or TRITON_INTERPRET=1 from the start"
     if config.dtype is DType.float64:
         return "backend triton computes float64 only in the interpreter (TRITON_INTERPRET=1)"
     return _why_not_tma(config)
+
+
+def _why_not_interpreted(config: MoeConfig) -> str | None:
+    """Triton's own interpreter truncates casts to bfloat16 and multiplies its bit patterns (3.6 to 3.9)."""
+    if config.dtype is not DType.bfloat16:
+        return None
+    from .triton.launch import bfloat16_is_rounded
+
+    if bfloat16_is_rounded():
+        return None
+    return "Triton's interpreter does not compute bfloat16 rightly; choose float32 or float16, or a GPU"
 
 
 def _why_not_tma(config: MoeConfig) -> str | None:

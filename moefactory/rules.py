@@ -131,6 +131,15 @@ def _swiglu_tile(case: Case) -> str | None:
     return None
 
 
+def _swiglu_store(case: Case) -> str | None:
+    config = case.kernels.get("bwd_dX", "down")
+    if case.config.fuse_swiglu and config is not None and config.use_tma_store:
+        return (
+            "fuse_swiglu=true stores dH in slices, and kernels.bwd_dX.down.use_tma_store=true moves whole tiles by TMA"
+        )
+    return None
+
+
 def _alignment(case: Case) -> str | None:
     model, dtype = case.model, case.dtype
     if dtype is None:
@@ -226,6 +235,9 @@ RULES: tuple[Rule, ...] = (
     _permute_tma("permute_y", "down", "bwd_dX", "use_tma_load_dy"),
     _permute_tma("permute_x", "up", "bwd_dW", "use_tma_load_x"),
     _permute_tma("permute_y", "down", "bwd_dW", "use_tma_load_dy"),
+    Rule("swiglu-dX-store", ("fuse_swiglu", "kernels.bwd_dX.down.use_tma_store"), _swiglu_store,
+         "set fuse_swiglu=false or kernels.bwd_dX.down.use_tma_store=false",
+         _explicit(("kernels.bwd_dX.down.use_tma_store", True)), {"fuse_swiglu": False}),
     Rule("tile-size", _KERNEL_KEYS, lambda case: _each_kernel(case, _tile),
          f"block_m, block_n and block_k are powers of two from 16 to {MAX_BLOCK}",
          _explicit(("kernels.fwd.block_m", 33)), {"kernels.fwd.block_m": 32}),

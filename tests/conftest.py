@@ -14,6 +14,8 @@ if GPU:
 else:
     os.environ["TRITON_INTERPRET"] = "1"
 
+from collections.abc import Iterator  # noqa: E402
+
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
@@ -43,3 +45,17 @@ def device() -> str:
 def _seed() -> None:
     """Each test starts from the same random state, whatever ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def instruments() -> Iterator[None]:
+    """Every interpreted kernel runs with honest bfloat16, checked addresses and integers, and poisoned masked lanes."""
+    if GPU:
+        yield
+        return
+    import interpreter
+
+    interpreter.install_bfloat16_shim()
+    interpreter.install_launch_fixes()
+    with interpreter.bounds_checker(), interpreter.overflow_checker(), interpreter.poisoned_lanes():
+        yield

@@ -26,34 +26,30 @@ from torch import Tensor
 
 from ..config import KernelConfigBackward_dX
 from .activation import dswiglu, swiglu
-from .forward import GROUP_M, Rows, kernel_arguments
+from .forward import GROUP_M, Rows, kernel_arguments, store_tile
 from .launch import accumulator, descriptor, launch, num_programs
-from .schedule import tile_of
+from .schedule import rows_of_tile, tile_of
 
 
 @triton.jit
-def _dswiglu_slice(
-    da,
-    weight,
-    slot,
-    offs_m,
-    row_mask,
-    col0,
-    I,
-    ds_row,
-    h_ptr,
-    dh_ptr,
-    scaled_a_ptr,
-    ACC: tl.constexpr,
-    COLS: tl.constexpr,
-):
-    """Store dH and s*A of COLS columns; return ds_row plus their <dA, A>."""
+def _halves(tile):
+    """The left and the right half of a tile's columns."""
+    ROWS: tl.constexpr = tile.shape[0]
+    HALF: tl.constexpr = tile.shape[1] // 2
+    return tl.split(tl.permute(tl.reshape(tile, (ROWS, 2, HALF)), (0, 2, 1)))
+
+
+@triton.jit
+def _dswiglu_slice(da, ds_row, rows, col0, I, pointers, ACC: tl.constexpr):
+    """Store dH and s*A of the columns of `da` from `col0` on; return ds_row plus their <dA, A>."""
+    weight, offs_m, row_mask = rows
+    h_ptr, dh_ptr, scaled_a_ptr = pointers
     OUT: tl.constexpr = dh_ptr.dtype.element_ty
-    offs_i = col0 + tl.arange(0, COLS)
+    offs_i = col0 + tl.arange(0, da.shape[1])
     mask = row_mask[:, None] & (offs_i < I)[None, :]
     row = offs_m.to(tl.int64)[:, None]
     h_ptrs = h_ptr + row * (2 * I) + offs_i[None, :]
-    gate = tl.load(h_ptrs, mask=mask, other=0.0).to(ACC)  # [BLOCK_M, COLS]
+    gate = tl.load(h_ptrs, mask=mask, other=0.0).to(ACC)  # [BLOCK_M, columns of da]
     up = tl.load(h_ptrs + I, mask=mask, other=0.0).to(ACC)
     a = swiglu(gate, up)
     ds_row += tl.sum(tl.where(mask, da * a, 0.0), axis=1)
@@ -92,24 +88,25 @@ def _grouped_dX(
     USE_TMA_LOAD_W: tl.constexpr,
     USE_TMA_STORE: tl.constexpr,
     EVEN_N: tl.constexpr,
+    EVEN_K: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
-    NUM_PROGRAMS: tl.constexpr,
+    FLATTEN: tl.constexpr,
 ):
     num_m = tl.load(num_tiles_ptr)
     num_k = tl.cdiv(K, BLOCK_K)
     lane_n = tl.arange(0, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), num_m * num_k, NUM_PROGRAMS):
-        tile_m, tile_k = tile_of(tile, num_m, num_k, GROUP_M)
-        expert = tl.load(tile_expert_ptr + tile_m)
-        row0 = tl.load(tile_row_ptr + tile_m)
-        row_end = tl.load(expert_offsets_ptr + expert + 1)
+    tables = (tile_expert_ptr, tile_row_ptr, expert_offsets_ptr, gather_indices_ptr)
+    following = rows_of_tile(tl.program_id(0), num_m, num_k, tables, BLOCK_M, GROUP_M)
+    for tile in tl.range(tl.program_id(0), num_m * num_k, tl.num_programs(0), flatten=FLATTEN):
+        expert, row0, row_end, slot = following
+        following = rows_of_tile(tile + tl.num_programs(0), num_m, num_k, tables, BLOCK_M, GROUP_M)
+        _, tile_k = tile_of(tile, num_m, num_k, GROUP_M)
         offs_m = row0 + tl.arange(0, BLOCK_M)
         row_mask = offs_m < row_end
-        slot = tl.load(gather_indices_ptr + offs_m, mask=row_mask, other=0)
         col0 = tile_k * BLOCK_K
         offs_k = col0 + tl.arange(0, BLOCK_K)
         col_mask = offs_k < K
@@ -120,7 +117,7 @@ def _grouped_dX(
             dy_ptrs = dy + dy_row.to(tl.int64)[:, None] * N + lane_n[None, :]  # [BLOCK_M, BLOCK_N]
         if not USE_TMA_LOAD_W:
             w_base = w + expert.to(tl.int64) * N * K
-            w_ptrs = w_base + lane_n.to(tl.int64)[:, None] * K + tl.where(col_mask, offs_k, 0)[None, :]
+            w_ptrs = w_base + lane_n.to(tl.int64)[:, None] * K + offs_k[None, :]  # [BLOCK_N, BLOCK_K]
         acc = tl.zeros((BLOCK_M, BLOCK_K), ACC)
         n_end = tl.where(expert < num_experts, N, 0)  # dropped rows: no product, zeros
         for n in tl.range(0, n_end, BLOCK_N):
@@ -132,25 +129,32 @@ def _grouped_dX(
                 dy_tile = tl.load(dy_ptrs + n, mask=(lane_n < N - n)[None, :], other=0.0)
             if USE_TMA_LOAD_W:
                 w_tile = w.load([expert, n, col0]).reshape(BLOCK_N, BLOCK_K)
-            elif EVEN_N:
+            elif EVEN_N and EVEN_K:
                 w_tile = tl.load(w_ptrs + n * K)
             else:
-                w_tile = tl.load(w_ptrs + n * K, mask=(lane_n < N - n)[:, None], other=0.0)
+                w_tile = tl.load(w_ptrs + n * K, mask=(lane_n < N - n)[:, None] & col_mask[None, :], other=0.0)
             acc = tl.dot(dy_tile, w_tile, acc, input_precision="ieee", out_dtype=ACC)
         if DSWIGLU:
             weight = tl.full((BLOCK_M,), 1.0, ACC)
             if HAS_WEIGHTS:
                 weight = tl.load(routing_weights_ptr + slot).to(ACC)
             ds_row = tl.zeros((BLOCK_M,), ACC)
-            # in two slices: the unsliced epilogue spills (4 KB a thread at 128x128 and 4 warps, compiled for sm_90a)
-            HALF: tl.constexpr = BLOCK_K // 2
-            left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1)))
-            ds_row = _dswiglu_slice(
-                left, weight, slot, offs_m, row_mask, col0, K, ds_row, h_ptr, dx_ptr, scaled_a_ptr, ACC, HALF
-            )
-            ds_row = _dswiglu_slice(
-                right, weight, slot, offs_m, row_mask, col0 + HALF, K, ds_row, h_ptr, dx_ptr, scaled_a_ptr, ACC, HALF
-            )
+            # in slices of at most 64 columns: whole, the epilogue's values do not fit the registers
+            # (128x256 tile, 8 warps, compiled for sm_90a: 2.2 KB of spills in halves, 20 bytes in quarters)
+            pointers = (h_ptr, dx_ptr, scaled_a_ptr)
+            rows = (weight, offs_m, row_mask)
+            left, right = _halves(acc)
+            if BLOCK_K >= 128:
+                QUARTER: tl.constexpr = BLOCK_K // 4
+                part0, part1 = _halves(left)
+                part2, part3 = _halves(right)
+                ds_row = _dswiglu_slice(part0, ds_row, rows, col0, K, pointers, ACC)
+                ds_row = _dswiglu_slice(part1, ds_row, rows, col0 + QUARTER, K, pointers, ACC)
+                ds_row = _dswiglu_slice(part2, ds_row, rows, col0 + 2 * QUARTER, K, pointers, ACC)
+                ds_row = _dswiglu_slice(part3, ds_row, rows, col0 + 3 * QUARTER, K, pointers, ACC)
+            else:
+                ds_row = _dswiglu_slice(left, ds_row, rows, col0, K, pointers, ACC)
+                ds_row = _dswiglu_slice(right, ds_row, rows, col0 + BLOCK_K // 2, K, pointers, ACC)
             tl.store(ds_ptr + tile_k.to(tl.int64) * M + slot, ds_row, mask=row_mask)
         else:
             out = acc.to(dx_ptr.dtype.element_ty)
@@ -159,14 +163,7 @@ def _grouped_dX(
                 dx_row = slot.to(tl.int64)
             dx_ptrs = dx_ptr + dx_row[:, None] * K + offs_k[None, :]
             mask = row_mask[:, None] & col_mask[None, :]
-            if USE_TMA_STORE:
-                # only whole tiles: a ragged one would overwrite the next expert's rows
-                if row0 + BLOCK_M <= row_end:
-                    dx_desc.store([row0, col0], out)
-                else:
-                    tl.store(dx_ptrs, out, mask=mask)
-            else:
-                tl.store(dx_ptrs, out, mask=mask)
+            store_tile(dx_desc, row0, col0, row_end, dx_ptrs, out, mask, K, USE_TMA_STORE)
 
 
 def _launch_dX(
@@ -189,7 +186,8 @@ def _launch_dX(
     programs = min(programs, rows.table.max_tiles * triton.cdiv(k, config.block_k))
     args = (dy_arg, w_arg, *outputs, *rows.arguments, experts, m, n, k)
     meta = {**kernel_arguments(config), **flags, "DY_DIVISOR": dy_divisor, "EVEN_N": n % config.block_n == 0}
-    fixed = {"ACC": accumulator(dy.dtype), "GROUP_M": GROUP_M, "NUM_PROGRAMS": programs}
+    meta["EVEN_K"] = k % config.block_k == 0
+    fixed = {"ACC": accumulator(dy.dtype), "GROUP_M": GROUP_M}
     launch(name, _grouped_dX, (programs,), *args, **meta, **fixed)
 
 
@@ -202,7 +200,7 @@ def dX_gemm(
     dy_divisor: int = 0,
     scatter: bool = False,
 ) -> Tensor:
-    """dx [T*K,K] of dy [.,N]; `dy_divisor` d > 0 reads dy's row gather_indices // d; `scatter` stores in token order."""
+    """dx [T*K,K] of dy [.,N]; `dy_divisor` d > 0 reads dy's row gather_indices // d; `scatter`: to token order."""
     m, k = rows.gather_indices.shape[0], weight.shape[2]
     dx = torch.empty(m, k, dtype=dy.dtype, device=dy.device)
     if m:

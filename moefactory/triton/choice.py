@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
 
-from ..config import DType, KernelConfig, KernelConfigBackward_dW, KernelConfigBackward_dX, KernelConfigForward
+from ..config import PASSES, DType, KernelConfig
 from ..rules import MAX_SHARED_MEMORY, shared_memory
 from .launch import interpreting
 from .options import FusedOptions
@@ -24,6 +25,7 @@ class Launch:
         rows_per_expert: T*K / E, rounded up to a power of two (at least 1).
         dtype: of the operands.
         options: the block's flags.
+        aligned: whether the weight starts at a multiple of 16 bytes, as TMA needs.
     """
 
     pass_name: str
@@ -34,6 +36,7 @@ class Launch:
     rows_per_expert: int
     dtype: DType
     options: FusedOptions
+    aligned: bool = True
 
     def may_use(self, flag: str) -> bool:
         """Whether the rules and the alignment allow this TMA flag here."""
@@ -49,7 +52,7 @@ class Launch:
         }
         widths = (self.k, self.n, self.n // 2 if self.gemm == "up" else self.n)
         aligned = all(width * self.dtype.itemsize % 16 == 0 for width in widths)
-        return aligned and not forbidden.get((self.pass_name, self.gemm, flag), False)
+        return self.aligned and aligned and not forbidden.get((self.pass_name, self.gemm, flag), False)
 
 
 def bucket(rows: int, experts: int) -> int:
@@ -82,9 +85,8 @@ def _capability(device: torch.device) -> int:
 @lru_cache(maxsize=4096)
 def shipped(launch: Launch, capability: int) -> KernelConfig:
     """The shipped choice: sane tiles for any GPU, more for Hopper. Always legal, always within shared memory."""
-    sides = _interpreter_tiles(launch) if capability == 0 else _gpu_tiles(launch, capability)
-    kind = {"fwd": KernelConfigForward, "bwd_dX": KernelConfigBackward_dX, "bwd_dW": KernelConfigBackward_dW}
-    config = kind[launch.pass_name](**sides)
+    sides: dict[str, Any] = _interpreter_tiles(launch) if capability == 0 else _gpu_tiles(launch, capability)
+    config: Any = PASSES[launch.pass_name](**sides)
     while shared_memory(launch.pass_name, config, launch.dtype) > _shared_limit(capability):
         config = _smaller(config)
     return config
@@ -106,7 +108,7 @@ def _smaller(config: KernelConfig) -> KernelConfig:
     return type(config)(**values)
 
 
-def _interpreter_tiles(launch: Launch) -> dict[str, int]:
+def _interpreter_tiles(launch: Launch) -> dict[str, Any]:
     """Few, large tiles: the interpreter's time goes with their number."""
 
     def side(size: int) -> int:
@@ -116,24 +118,47 @@ def _interpreter_tiles(launch: Launch) -> dict[str, int]:
     return {"block_m": side(launch.rows_per_expert), "block_n": n, "block_k": side(launch.k)}
 
 
-def _gpu_tiles(launch: Launch, capability: int) -> dict[str, int | bool]:
-    rows, hopper = launch.rows_per_expert, capability >= 90
+def _gpu_tiles(launch: Launch, capability: int) -> dict[str, Any]:
+    """Tiles for a GPU; the shares of cuBLAS behind Hopper's are in benchmarks/results/sweep.json."""
+    rows = launch.rows_per_expert
     if launch.dtype.itemsize > 2:
         return {"block_m": 64 if rows > 32 else 16, "block_n": 64, "block_k": 32, "num_warps": 4, "num_stages": 2}
-    tiles: dict[str, int | bool]
-    if launch.pass_name == "bwd_dW":
-        tiles = {"block_m": 64 if rows >= 64 else max(16, rows), "block_n": 128, "block_k": 256 if hopper else 128}
-        tiles |= {"num_warps": 8, "num_stages": 3}
-    else:
-        big = rows > 64 and hopper
-        m = 128 if rows > 64 else min(64, max(16, rows))
-        wide, deep = (256, 64) if big else (128, 64)
-        if launch.pass_name == "bwd_dX" and launch.gemm == "down" and launch.options.fuse_swiglu:
-            wide = 128
-        n, k = (wide, deep) if launch.pass_name == "fwd" else (deep, wide)
-        tiles = {"block_m": m, "block_n": n, "block_k": k, "num_warps": 8 if big else 4, "num_stages": 3}
-    if hopper:
-        loads = ("use_tma_load_x", "use_tma_load_w", "use_tma_load_dy")
-        names = {"fwd": loads[:2], "bwd_dX": loads[1:], "bwd_dW": ()}[launch.pass_name]
-        tiles |= {name: True for name in names if launch.may_use(name)}
-    return tiles
+    if capability < 90 or rows <= 64:
+        m = min(64, max(16, rows))
+        return {
+            "block_m": m,
+            "block_n": 128,
+            "block_k": 64,
+            "num_warps": 4,
+            "num_stages": 3,
+            **_tma_loads(launch, capability),
+        }
+    tiles = _hopper_dW(launch) if launch.pass_name == "bwd_dW" else _hopper_rows(launch)
+    return {**tiles, **_tma_loads(launch, capability)}
+
+
+def _tma_loads(launch: Launch, capability: int) -> dict[str, Any]:
+    """TMA for every operand that it may move. Not for stores."""
+    loads = ("use_tma_load_x", "use_tma_load_w", "use_tma_load_dy")
+    names = {"fwd": loads[:2], "bwd_dX": loads[1:], "bwd_dW": loads[::2]}[launch.pass_name]
+    return {name: True for name in names if capability >= 90 and launch.may_use(name)}
+
+
+def _hopper_rows(launch: Launch) -> dict[str, Any]:
+    """Forward and dX: 128 rows by 256 columns, 64 deep."""
+    many = launch.rows_per_expert > 256
+    if launch.pass_name == "fwd":
+        stages = 3 if many and launch.gemm == "up" else 4
+        return {"block_m": 128, "block_n": 256, "block_k": 64, "num_warps": 8, "num_stages": stages, "flatten": many}
+    m = 64 if launch.gemm == "down" and launch.options.fuse_swiglu and not many else 128
+    stages = 4 if m == 64 else 3
+    return {"block_m": m, "block_n": 64, "block_k": 256, "num_warps": 8, "num_stages": stages, "flatten": many}
+
+
+def _hopper_dW(launch: Launch) -> dict[str, Any]:
+    """dW: with a few reduction steps a tile the store shows, and two programs a multiprocessor hide it."""
+    if launch.gemm == "down":
+        return {"block_m": 64, "block_n": 128, "block_k": 128, "num_warps": 4, "num_stages": 3, "flatten": True}
+    if launch.rows_per_expert > 256 and launch.options.permute_x:
+        return {"block_m": 64, "block_n": 256, "block_k": 128, "num_warps": 8, "num_stages": 3}
+    return {"block_m": 32, "block_n": 128, "block_k": 128, "num_warps": 4, "num_stages": 5}

@@ -6,7 +6,7 @@
     y                [T*K, N], SWIGLU [T*K, I]   expert order; token order with PERMUTE_Y (scattered in the store)
     h                [T*K, 2I]                   expert order, SWIGLU and STORE_H only: what the backward needs
 
-Rows of dropped slots (group E) are stored as zeros. Persistent: program p computes tiles p, p + NUM_PROGRAMS, ...
+Rows of dropped slots (group E) are stored as zeros. Persistent: program p computes tiles p, p + programs, ...
 """
 
 from __future__ import annotations
@@ -22,9 +22,24 @@ from torch import Tensor
 from ..config import KernelConfigForward
 from .activation import swiglu
 from .launch import accumulator, descriptor, launch, num_programs
-from .schedule import TileTable, tile_of
+from .schedule import TileTable, rows_of_tile, tile_of
 
 GROUP_M = 8
+
+
+@triton.jit
+def store_tile(desc, row0, col0, row_end, ptrs, tile, mask, width, USE_TMA_STORE: tl.constexpr):
+    """Store a tile at (row0, col0): by TMA where asked for and whole, else through pointers.
+
+    A tile that is cut off by its expert's end or by the width of its half would overwrite what lies behind.
+    """
+    if USE_TMA_STORE:
+        if (row0 + tile.shape[0] <= row_end) & (col0 % width + tile.shape[1] <= width):
+            desc.store([row0, col0], tile)
+        else:
+            tl.store(ptrs, tile, mask=mask)
+    else:
+        tl.store(ptrs, tile, mask=mask)
 
 
 @triton.jit
@@ -34,6 +49,7 @@ def _grouped_forward(
     y_ptr,
     y_desc,
     h_ptr,
+    h_desc,
     tile_expert_ptr,
     tile_row_ptr,
     num_tiles_ptr,
@@ -56,7 +72,7 @@ def _grouped_forward(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
-    NUM_PROGRAMS: tl.constexpr,
+    FLATTEN: tl.constexpr,
 ):
     OUT: tl.constexpr = y_ptr.dtype.element_ty
     OUT_N: tl.constexpr = BLOCK_N // 2 if SWIGLU else BLOCK_N  # columns of y per tile
@@ -65,15 +81,15 @@ def _grouped_forward(
     num_n = tl.cdiv(out_width, OUT_N)
     offs_k = tl.arange(0, BLOCK_K)
     lane_n = tl.arange(0, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), num_m * num_n, NUM_PROGRAMS):
-        tile_m, tile_n = tile_of(tile, num_m, num_n, GROUP_M)
-        expert = tl.load(tile_expert_ptr + tile_m)
-        row0 = tl.load(tile_row_ptr + tile_m)
-        row_end = tl.load(expert_offsets_ptr + expert + 1)
+    tables = (tile_expert_ptr, tile_row_ptr, expert_offsets_ptr, gather_indices_ptr)
+    following = rows_of_tile(tl.program_id(0), num_m, num_n, tables, BLOCK_M, GROUP_M)
+    for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0), flatten=FLATTEN):
+        expert, row0, row_end, slot = following
+        following = rows_of_tile(tile + tl.num_programs(0), num_m, num_n, tables, BLOCK_M, GROUP_M)
+        _, tile_n = tile_of(tile, num_m, num_n, GROUP_M)
         offs_m = row0 + tl.arange(0, BLOCK_M)
         row_mask = offs_m < row_end
         # rows past the end read a row that exists and are never stored: no mask inside the loop
-        slot = tl.load(gather_indices_ptr + offs_m, mask=row_mask, other=0)
         col0 = tile_n * OUT_N
         x_row = tl.where(row_mask, offs_m, row0)
         if PERMUTE_X:
@@ -114,20 +130,15 @@ def _grouped_forward(
             gate, up = tl.split(halves)  # [BLOCK_M, OUT_N] each
             if STORE_H:
                 h_ptrs = h_ptr + offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
-                tl.store(h_ptrs, gate, mask=mask)
-                tl.store(h_ptrs + out_width, up, mask=mask)
+                store_tile(h_desc, row0, col0, row_end, h_ptrs, gate, mask, out_width, USE_TMA_STORE)
+                store_tile(
+                    h_desc, row0, out_width + col0, row_end, h_ptrs + out_width, up, mask, out_width, USE_TMA_STORE
+                )
             out = swiglu(gate.to(ACC), up.to(ACC)).to(OUT)
         else:
             out = acc.to(OUT)
         y_ptrs = y_ptr + y_row[:, None] * out_width + offs_n[None, :]
-        if USE_TMA_STORE:
-            # only whole tiles: a ragged one would overwrite the next expert's rows
-            if row0 + BLOCK_M <= row_end:
-                y_desc.store([row0, col0], out)
-            else:
-                tl.store(y_ptrs, out, mask=mask)
-        else:
-            tl.store(y_ptrs, out, mask=mask)
+        store_tile(y_desc, row0, col0, row_end, y_ptrs, out, mask, out_width, USE_TMA_STORE)
 
 
 @dataclass(frozen=True)
@@ -172,14 +183,15 @@ def forward_gemm(
         w_arg = descriptor(weight.view(2 * experts, n // 2, k), [2, out_n, config.block_k])
     elif config.use_tma_load_w:
         w_arg = descriptor(weight, [1, config.block_n, config.block_k])
-    y_desc = descriptor(y, [config.block_m, out_n]) if config.use_tma_store else y
+    y_desc: Any = descriptor(y, [config.block_m, out_n]) if config.use_tma_store else y
+    h_desc = descriptor(h, [config.block_m, out_n]) if config.use_tma_store and h is not None else y_desc
     programs = num_programs(x.device, 2 if config.num_warps <= 4 else 1)
     programs = min(programs, rows.table.max_tiles * triton.cdiv(width, out_n))
     launch(
         "forward_up" if swiglu else "forward",
         _grouped_forward,
         (programs,),
-        *(x_arg, w_arg, y, y_desc, y if h is None else h, *rows.arguments, experts, n, k),
+        *(x_arg, w_arg, y, y_desc, y if h is None else h, h_desc, *rows.arguments, experts, n, k),
         TOP_K=rows.top_k,
         PERMUTE_X=permute_x,
         PERMUTE_Y=permute_y,
@@ -188,7 +200,6 @@ def forward_gemm(
         EVEN_K=k % config.block_k == 0,
         ACC=accumulator(x.dtype),
         GROUP_M=GROUP_M,
-        NUM_PROGRAMS=programs,
         **kernel_arguments(config),
     )
     return y, h

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -26,7 +27,7 @@ def record_launches() -> Iterator[list[str]]:
     try:
         yield names
     finally:
-        _recorders.remove(names)
+        _recorders[:] = [other for other in _recorders if other is not names]
 
 
 def launch(name: str, kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
@@ -34,6 +35,26 @@ def launch(name: str, kernel: Any, grid: tuple[int, ...], *args: Any, **meta: An
     for names in _recorders:
         names.append(name)
     kernel[grid](*args, **meta)
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device: make the tensors' own the current one."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
+@triton.jit
+def _cast(source_ptr, target_ptr):
+    tl.store(target_ptr, tl.load(source_ptr).to(target_ptr.dtype.element_ty))
+
+
+def bfloat16_is_rounded() -> bool:
+    """Whether kernels of this process round float32 to the nearest bfloat16, as a GPU does; asked of a kernel."""
+    source = torch.tensor([1.0 + 2.0**-8 + 2.0**-9])  # between two bfloat16 numbers, nearer to the upper
+    target = torch.empty(1, dtype=torch.bfloat16)
+    _cast[(1,)](source, target)
+    return bool(target == source.bfloat16())
 
 
 @cache

@@ -9,9 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 
 from ..routing import RoutingPlan, combine
+from .launch import on_device
 from .options import FusedOptions, parse
 from .pipeline import Pipeline, empty_like_none
 
@@ -29,11 +31,12 @@ def experts_forward(
     save_h: bool,
     trace: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(out, h, a, y): out [T,H], or rows [T*K,H] in token order without fuse_combine; h with `save_h`; a, y to trace."""
+    """(out, h, a, y): out [T,H], or token-order rows [T*K,H] without fuse_combine; h with `save_h`; a, y to trace."""
     pipeline = Pipeline(counts, gather, scatter, parse(options), gate_up_proj, down_proj)
-    a, h = pipeline.up(x, save_h=save_h or trace)
-    y = pipeline.down(a)
-    out = pipeline.combine(y, routing_weights)
+    with on_device(x.device):
+        a, h = pipeline.up(x, save_h=save_h or trace)
+        y = pipeline.down(a)
+        out = pipeline.combine(y, routing_weights)
     nothing = [x.new_empty(0) for _ in range(3)]  # three: outputs of a custom op may not alias
     return out, h if save_h or trace else nothing[0], a if trace else nothing[1], y if trace else nothing[2]
 
@@ -77,10 +80,11 @@ def experts_backward(
     need_x, need_s, need_up, need_down = needs
     pipeline = Pipeline(counts, gather, scatter, parse(options), gate_up_proj, down_proj)
     need_dh = need_x or need_s or need_up
-    dh, ds, d_down = pipeline.d_down(dout, h, routing_weights, need_dh=need_dh, need_dw=need_down)
-    dx = pipeline.dx_up(dh) if need_x and dh is not None else None
-    d_up = pipeline.dw_up(dh, x) if need_up and dh is not None else None
-    ds = ds.to(x.dtype).view(routing_weights.shape) if need_s and ds is not None else None
+    with on_device(x.device):
+        dh, ds, d_down = pipeline.d_down(dout, h, routing_weights, need_dh=need_dh, need_dw=need_down)
+        dx = pipeline.dx_up(dh) if need_x and dh is not None else None
+        d_up = pipeline.dw_up(dh, x) if need_up and dh is not None else None
+    ds = ds.to(routing_weights.dtype).view(routing_weights.shape) if need_s and ds is not None else None
     return (
         empty_like_none(dx, x),
         empty_like_none(ds, x),
@@ -110,14 +114,13 @@ def _(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, routing_weights, gate_up_proj, down_proj, counts, gather, scatter, options, save_h, _ = inputs
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # h, a and y get no gradient: no zeros of their size
     ctx.options, ctx.saved_h = options, save_h
     ctx.save_for_backward(x, routing_weights, gate_up_proj, down_proj, output[1], counts, gather, scatter)
 
 
-def _backward(ctx: Any, dout: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
-    if any(other is not None for other in others):
-        raise RuntimeError("moefactory: traced intermediates carry no gradient; differentiate hidden_states")
+def _backward(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if dout is None:
         return (None,) * 10
     if not ctx.saved_h:
@@ -151,19 +154,46 @@ def compute_experts(
     """The experts' part of the block, as `moefactory.reference.compute_experts`: [T,H] and, with `trace`, (h, a, y).
 
     Raises:
-        ValueError: a weight that is not contiguous: the kernels read Hugging Face's layout without a copy.
+        ValueError: shapes, dtypes or a plan that do not fit each other; a weight that is not contiguous (the kernels
+            read Hugging Face's layout without a copy).
+        RuntimeError: forward-mode differentiation, which the kernels do not have.
     """
-    for name, weight in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj)):
-        if not weight.is_contiguous():
-            raise ValueError(f"{name}: got strides {tuple(weight.stride())}; needed: a contiguous tensor")
+    _check(x, routing_weights, plan, gate_up_proj, down_proj, options)
     # without fuse_combine the weighted sum is torch's below, and so is the routing weights' gradient
     weights = routing_weights.contiguous() if options.fuse_combine else routing_weights.detach().contiguous()
     tensors = (x.contiguous(), weights, gate_up_proj, down_proj)
     save_h = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     indices = (plan.token_counts_by_expert, plan.gather_indices, plan.scatter_indices)
+    if fwAD._current_level >= 0 and any(fwAD.unpack_dual(t).tangent is not None for t in tensors):
+        raise RuntimeError("moefactory: the triton backend has no forward-mode derivative; choose moe/backend=torch")
     out, h, a, y = experts_forward(*tensors, *indices, options.text, save_h, trace)
     if not options.fuse_combine:
         if trace:
             y = out.detach()
         out = combine(out, routing_weights)
-    return out, (h.detach(), a.detach(), y.detach()) if trace else None
+    return out, (h, a, y) if trace else None
+
+
+def _check(
+    x: Tensor,
+    routing_weights: Tensor,
+    plan: RoutingPlan,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    options: FusedOptions,
+) -> None:
+    """What the kernels rely on and could only answer with a wrong address."""
+    experts, width, hidden = gate_up_proj.shape
+    for name, weight, shape in (
+        ("gate_up_proj", gate_up_proj, (plan.num_experts, width, x.shape[-1])),
+        ("down_proj", down_proj, (experts, hidden, width // 2)),
+    ):
+        if tuple(weight.shape) != shape or weight.dtype != x.dtype:
+            raise ValueError(f"{name}: got {tuple(weight.shape)} {weight.dtype}; needed: {shape} {x.dtype}")
+        if not weight.is_contiguous():
+            raise ValueError(f"{name}: got strides {tuple(weight.stride())}; needed: a contiguous tensor")
+    slots = (x.shape[0], options.top_k)
+    if plan.top_k != options.top_k or plan.gather_indices.shape[0] != slots[0] * slots[1]:
+        raise ValueError(f"plan: got {plan.gather_indices.shape[0]} rows of top_k {plan.top_k}; needed: {slots}")
+    if tuple(routing_weights.shape) != slots:
+        raise ValueError(f"routing_weights: got shape {tuple(routing_weights.shape)}; needed: {slots}")

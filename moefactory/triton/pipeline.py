@@ -57,7 +57,9 @@ class Pipeline:
         experts, n, k = weight.shape
         rows = bucket(self.gather.shape[0], experts)
         dtype = DType(str(weight.dtype).removeprefix("torch."))
-        return choose(Launch(pass_name, gemm, experts, n, k, rows, dtype, self.options), weight.device)[0]
+        aligned = weight.data_ptr() % 16 == 0
+        launch = Launch(pass_name, gemm, experts, n, k, rows, dtype, self.options, aligned)
+        return choose(launch, weight.device)[0]
 
     def _rows(self, block_m: int) -> Rows:
         """The rows with the tile table of this block size; two GEMMs of one block size share it."""

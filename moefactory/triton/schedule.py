@@ -63,6 +63,22 @@ def tile_of(tile, num_m, num_n, GROUP_M: tl.constexpr):
     return first_m + (tile % width) % rows, (tile % width) // rows
 
 
+@triton.jit
+def rows_of_tile(tile, num_m, num_n, rows, BLOCK_M: tl.constexpr, GROUP_M: tl.constexpr):
+    """(expert, first row, the expert's end, slots [BLOCK_M]) of a tile; past the last tile, those of the last.
+
+    Four loads that wait for one another: a persistent program asks for its next tile's while it computes this one.
+    """
+    tile_expert_ptr, tile_row_ptr, expert_offsets_ptr, gather_indices_ptr = rows
+    tile_m, _ = tile_of(tl.minimum(tile, num_m * num_n - 1), num_m, num_n, GROUP_M)
+    expert = tl.load(tile_expert_ptr + tile_m)
+    row0 = tl.load(tile_row_ptr + tile_m)
+    row_end = tl.load(expert_offsets_ptr + expert + 1)
+    offs_m = row0 + tl.arange(0, BLOCK_M)
+    slot = tl.load(gather_indices_ptr + offs_m, mask=offs_m < row_end, other=0)
+    return expert, row0, row_end, slot
+
+
 @dataclass(frozen=True)
 class TileTable:
     """The row tiles of one block size."""

@@ -1,0 +1,95 @@
+"""Which kernel configs a search tries for a launch: the shipped choice and its nearest legal neighbours.
+
+Each field has a short ordered list of values (an axis). The distance of two configs is the number of steps between
+them, summed over the axes. The list begins with the shipped choice and goes outward; what `moefactory.rules` refuses,
+what exceeds this GPU's shared memory and what cannot stay in registers is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from functools import lru_cache
+from itertools import islice, product
+from typing import Any
+
+from ..config import Backend, BackendConfig, KernelConfig, KernelsConfig, MoeConfig, ResolvedModel
+from ..rules import broken_rules, make_case, shared_memory
+from .choice import Launch, _shared_limit, shipped
+
+MAX_CANDIDATES = 40  # seconds each, most of them for the compiler
+MAX_ACCUMULATORS = 128  # float32 sums a thread can hold in registers, of 255, beside its addresses and operands
+TMA_CAPABILITY = 90
+
+
+@lru_cache(maxsize=1024)
+def candidates(launch: Launch, capability: int) -> tuple[KernelConfig, ...]:
+    """The configs to try, the shipped choice first, at most `MAX_CANDIDATES`; the same at every call."""
+    center = shipped(launch, capability)
+    return (center, *islice(_neighbours(launch, capability, center), MAX_CANDIDATES - 1))
+
+
+def _neighbours(launch: Launch, capability: int, center: KernelConfig) -> Iterator[KernelConfig]:
+    """Every possible config on the axes but the center, nearest first."""
+    axes = _interpreter_axes(center) if capability == 0 else _gpu_axes(launch, capability, center)
+    home = [values.index(getattr(center, name)) for name, values in axes.items()]
+
+    def distance(spot: tuple[int, ...]) -> int:
+        return sum(abs(here - there) for here, there in zip(spot, home, strict=True))
+
+    spots = product(*(range(len(values)) for values in axes.values()))
+    for spot in sorted(spots, key=lambda spot: (distance(spot), spot)):
+        chosen = {name: values[place] for (name, values), place in zip(axes.items(), spot, strict=True)}
+        config = replace(center, **chosen)
+        if config != center and possible(launch, config, capability):
+            yield config
+
+
+def _gpu_axes(launch: Launch, capability: int, center: KernelConfig) -> dict[str, list[Any]]:
+    """Field -> the values to try, in order."""
+    narrow = launch.dtype.itemsize <= 2
+    rows = min(128, max(16, launch.rows_per_expert))
+    near = [m for m in (16, 32, 64, 128) if rows // 2 <= m <= rows * 2]
+    outer = [64, 128, 256] if narrow else [32, 64, 128]
+    inner = ([64, 128, 256] if rows <= 32 else [64, 128]) if narrow else [16, 32, 64]
+    sides = {
+        "fwd": (near, outer, inner),
+        "bwd_dX": (near, inner, outer),
+        "bwd_dW": ([m for m in (16, 32, 64, 128) if m <= rows], outer, outer),
+    }[launch.pass_name]
+    axes: dict[str, list[Any]] = dict(zip(("block_m", "block_n", "block_k"), sides, strict=True))
+    axes |= {"num_warps": [4, 8], "num_stages": [2, 3, 4, 5] if narrow else [1, 2, 3], "flatten": [False, True]}
+    loads = [f.name for f in fields(center) if f.name.startswith("use_tma_load")]  # stores keep the shipped value
+    axes |= {name: [False, True] for name in loads if capability >= TMA_CAPABILITY and launch.may_use(name)}
+    return {name: sorted({*values, getattr(center, name)}) for name, values in axes.items()}
+
+
+def _interpreter_axes(center: KernelConfig) -> dict[str, list[Any]]:
+    """Each side, and half of it: enough to run a search where nothing that is timed means anything."""
+    least = {"block_m": 16, "block_n": 32, "block_k": 16}
+    sides = {name: getattr(center, name) for name in least}
+    return {name: sorted({max(least[name], side // 2), side}) for name, side in sides.items()}
+
+
+def possible(launch: Launch, config: KernelConfig, capability: int) -> bool:
+    """Whether the rules allow this config for this launch, and whether this GPU has room for it."""
+    if capability and shared_memory(launch.pass_name, config, launch.dtype) > _shared_limit(capability):
+        return False
+    m, n, k = config.block_m, config.block_n, config.block_k
+    sums = {"fwd": m * n, "bwd_dX": m * k, "bwd_dW": n * k}[launch.pass_name]
+    if capability and sums > MAX_ACCUMULATORS * 32 * config.num_warps:
+        return False
+    return not refusals(launch, config)
+
+
+def refusals(launch: Launch, config: KernelConfig) -> list[str]:
+    """The ids of the rules that this config breaks for this launch."""
+    o = launch.options
+    hidden, width = (launch.k, launch.n // 2) if launch.gemm == "up" else (launch.n, launch.k)
+    pair = (config, None) if launch.gemm == "up" else (None, config)
+    case = MoeConfig(
+        backend=BackendConfig(Backend.triton), kernels=KernelsConfig(**{launch.pass_name: pair}), autotune=False,
+        permute_x=o.permute_x, permute_y=o.permute_y, fuse_swiglu=o.fuse_swiglu, fuse_combine=o.fuse_combine,
+    )  # fmt: skip
+    model = ResolvedModel(hidden, width, launch.experts, o.top_k, norm_topk_prob=True, hidden_act="silu")
+    return [rule.id for rule, _ in broken_rules(make_case(case, model, launch.dtype))]
