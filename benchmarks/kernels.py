@@ -1,4 +1,4 @@
-"""Each grouped GEMM of a step against plain cuBLAS at the same FLOPs, on one GPU: `python benchmarks/kernels.py OUT.json`.
+"""Each grouped GEMM of a step against plain cuBLAS at the same FLOPs, on one GPU: `kernels.py OUT.json`.
 
 bf16, unit-scale normal data, near-balanced random routing. "share" is cuBLAS time over ours, in the same run.
 """
@@ -40,7 +40,7 @@ def measure(name: str, tokens: int) -> list[dict]:
     model, x, s, plan, w1, w2 = problem(name, tokens)
     options = FusedOptions(top_k=model.top_k, autotune=False)
     h, i, rows = model.hidden_size, model.moe_intermediate_size, tokens * model.top_k
-    p = Pipeline(plan.token_counts_by_expert, plan.gather_indices, plan.scatter_indices, options, w1, w2)
+    p = Pipeline(plan.group_offsets, plan.gather_indices, plan.scatter_indices, options, w1, w2)
     a, pre = p.up(x, save_h=True)
     y = p.down(a)
     dout = torch.randn_like(x)

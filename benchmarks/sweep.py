@@ -82,7 +82,7 @@ class Bench:
     def pipeline(self, permute_x: bool, permute_y: bool, kernels) -> Pipeline:
         options = FusedOptions(self.model.top_k, permute_x, permute_y, autotune=False, kernels=kernels)
         plan = self.plan
-        indices = (plan.token_counts_by_expert, plan.gather_indices, plan.scatter_indices)
+        indices = (plan.group_offsets, plan.gather_indices, plan.scatter_indices)
         return Pipeline(*indices, options, self.w1, self.w2)
 
     def call(self, name: str, config):

@@ -8,10 +8,12 @@ experts, which the constructor binds. What the numbers must be is `moefactory.re
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import (
@@ -30,9 +32,12 @@ from .config import (
 )
 from .machine import why_not_here
 from .reference import ExpertOptions, ExpertSteps, act_and_mul, activation, compute_experts
-from .routing import RoutingPlan, get_token_counts_and_gather_indices, make_plan, route
+from .routing import RoutingPlan, make_plan, route
 from .rules import check_rules, make_case
 from .weights import BlockWeights, read_hf_block
+
+if TYPE_CHECKING:
+    from .triton.tuning import TuneProgress, TuneReport
 
 
 @dataclass(frozen=True)
@@ -107,13 +112,19 @@ class Qwen3MoeGroupedGEMMBlock(nn.Module):
             ValueError: a last dimension other than H, or a dtype or device other than the weights'.
         """
         x, gate, gate_up_proj, down_proj = self._inputs(hidden_states)
-        router_logits, routing_weights, selected_experts = route(x, gate, self.model.top_k, self.model.norm_topk_prob)
-        plan = make_plan(selected_experts, self.model.num_experts)
+        router_logits, routing_weights, selected_experts = self._route(x, gate)
+        plan = self._plan(selected_experts)
         out, steps = self._experts(x, routing_weights, plan, gate_up_proj, down_proj)
         out = out.view(hidden_states.shape)
         if steps is None:
             return out, router_logits
         return _result(plan, routing_weights, steps, out), router_logits
+
+    def _route(self, x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return route(x, gate, self.model.top_k, self.model.norm_topk_prob)
+
+    def _plan(self, selected_experts: Tensor) -> RoutingPlan:
+        return make_plan(selected_experts, self.model.num_experts)
 
     def _experts(
         self, x: Tensor, routing_weights: Tensor, plan: RoutingPlan, gate_up_proj: Tensor, down_proj: Tensor
@@ -152,11 +163,12 @@ class Qwen3MoeGroupedGEMMBlock(nn.Module):
 
     def run_router(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """hidden_states [T,H] -> router_logits [T,E], routing_weights [T,K] in its dtype, selected_experts [T,K]."""
-        return route(hidden_states, self.gate, self.model.top_k, self.model.norm_topk_prob)
+        return self._route(hidden_states, self.gate)
 
     def get_token_counts_and_gather_indices(self, selected_experts: Tensor) -> tuple[Tensor, Tensor]:
         """selected_experts [T,K] -> token_counts_by_expert [E], gather_indices [T*K], integers, stable per expert."""
-        return get_token_counts_and_gather_indices(selected_experts, self.model.num_experts)
+        plan = self._plan(selected_experts)
+        return plan.token_counts_by_expert, plan.gather_indices
 
     @staticmethod
     def extract_hf_weights(moe_block: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
@@ -258,6 +270,8 @@ class Qwen3MoeFusedGroupedGEMMBlock(Qwen3MoeGroupedGEMMBlock):
         """Bind the fused function; importing triton only now leaves the torch backend free of it."""
         from .triton.ops import compute_experts as fused_experts
         from .triton.options import FusedOptions
+        from .triton.plan import make_plan as fused_plan
+        from .triton.router import top_k_softmax
 
         config = self.moe_config
         choice = resolve_kernels(config.kernels)
@@ -267,7 +281,7 @@ class Qwen3MoeFusedGroupedGEMMBlock(Qwen3MoeGroupedGEMMBlock):
             fuse_swiglu=config.fuse_swiglu, fuse_combine=config.fuse_combine, autotune=config.autotune,
             kernels=tuple((p, g, c) for p, g, c in stated if c is not None),
         )  # fmt: skip
-        self._fused_experts = fused_experts
+        self._fused_experts, self._fused_plan, self._top_k_softmax = fused_experts, fused_plan, top_k_softmax
 
     def _check_placement(self) -> None:
         """ConfigError where the weights' device cannot run these kernels. A meta device is judged when it is left."""
@@ -295,6 +309,13 @@ class Qwen3MoeFusedGroupedGEMMBlock(Qwen3MoeGroupedGEMMBlock):
         expert_order, unpermuted = (y[plan.gather_indices], y) if token_order else (y, y[plan.scatter_indices])
         return out, ExpertSteps(h, a, expert_order, unpermuted)
 
+    def _route(self, x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits = F.linear(x, gate)
+        return logits, *self._top_k_softmax(logits, self.model.top_k, self.model.norm_topk_prob)
+
+    def _plan(self, selected_experts: Tensor) -> RoutingPlan:
+        return self._fused_plan(selected_experts, self.model.num_experts)
+
     def _check_activation(self) -> None:
         """The rule triton-activation speaks for itself."""
 
@@ -303,6 +324,35 @@ class Qwen3MoeFusedGroupedGEMMBlock(Qwen3MoeGroupedGEMMBlock):
         from .triton.explain import explain
 
         return explain(self, num_tokens)
+
+    def tune(
+        self,
+        num_tokens: int,
+        *,
+        passes: Sequence[str] = tuple(PASSES),
+        progress: Callable[[TuneProgress], None] | None = None,
+        timer: Callable[[Callable[[], Any]], float] | None = None,
+        redo: bool = False,
+    ) -> TuneReport:
+        """Search the fastest right kernel configs for steps of this many tokens; later steps use them.
+
+        Nothing else in this package searches. The results are kept in a cache on disk (`moefactory.triton.cache`), each
+        launch's as soon as it is done, so that an interrupted search goes on where it was.
+
+        Args:
+            num_tokens: T; the results hold for every T of the same power-of-two bucket of rows per expert.
+            passes: which of fwd, bwd_dX and bwd_dW.
+            progress: called after each candidate (`done`, `total`, `row`).
+            timer: milliseconds of a function; by default the GPU's clock.
+            redo: search again what the cache has.
+
+        Raises:
+            ConfigError: this block has autotune=False and would not use the results.
+            ValueError: `num_tokens` below 1, an unknown pass.
+        """
+        from .triton.tuning import tune
+
+        return tune(self, num_tokens, passes=passes, progress=progress, timer=timer, redo=redo)
 
 
 def _dtype_of(tensor: Tensor) -> DType:

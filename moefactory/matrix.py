@@ -6,8 +6,9 @@ a legal one: it must be refused, by the id of its first broken rule. The parts, 
     flags    every combination of backend, permute_x, permute_y, fuse_swiglu, fuse_combine, dW_only, dX_only, autotune,
              trace and explicit kernels (moe/kernels=small) or not: 1024 rows, nothing sampled, because rules tie these
              flags to each other and a kernel is compiled for each of them.
-    tma      for each of the six launches every combination of its three TMA flags with the permute flag that its rule
-             reads: 96 rows. TMA flags of two launches meet in no rule, so launches are not multiplied.
+    tma      for each of the six launches every combination of its three TMA flags with the flags that a rule ties to
+             them (permute_x, permute_y, fuse_swiglu): 112 rows. TMA flags of two launches meet in no rule, so launches
+             are not multiplied.
     tiles    for each kernel node (both GEMMs, up, down; of each pass) one row that states every tile field.
     options  every option of every config group, every source, seed and device, on each backend.
     pairs    backend torch: every feasible pair of flags, dtype, sizes, activation and number of tokens.
@@ -23,7 +24,7 @@ import argparse
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib.resources import files
 from itertools import product
@@ -31,7 +32,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from .config import PASSES, Backend, DType, MoeConfig, WeightsSource, as_dict
+from .config import GEMMS, PASSES, Backend, DType, MoeConfig, WeightsSource, as_dict
 from .covering import Axes, Overrides, covering_array
 from .rules import RULES, broken_rules, make_case
 
@@ -122,7 +123,7 @@ def _triton_axes() -> Axes:
 
 
 def _tma_flags(pass_name: str) -> list[str]:
-    return [field.name for field in fields(PASSES[pass_name]) if field.name.startswith("use_tma")]
+    return [name for name in vars(PASSES[pass_name]()) if name.startswith("use_tma")]
 
 
 # --- parts ------------------------------------------------------------------------------------------------------------
@@ -144,26 +145,30 @@ def _parts(strength: int) -> Iterator[tuple[str, Overrides]]:
 
 
 def _tma_rows() -> Iterator[Overrides]:
-    """The six launches, each with its TMA flags and the permute flag of its GEMM."""
+    """The six launches, each with its three TMA flags and the flags that a rule ties to one of them."""
     base = ("moe/backend=triton", "moe.autotune=false")
-    for pass_name, (gemm, permute) in product(PASSES, (("up", "permute_x"), ("down", "permute_y"))):
-        flags = (_choose(f"moe.kernels.{pass_name}.{gemm}.{name}", False, True) for name in _tma_flags(pass_name))
-        yield from ((*base, *sum(c, ())) for c in product(_flag(permute, False, True), *flags))
+    for pass_name, gemm in product(PASSES, GEMMS):
+        keys = [f"kernels.{pass_name}.{gemm}.{name}" for name in _tma_flags(pass_name)]
+        tied = {key for rule in RULES if set(keys) & set(rule.keys) for key in rule.keys} & set(_FLAGS)
+        settings = [_flag(name, False, True) for name in _FLAGS if name in tied]
+        settings += [_choose(f"moe.{key}", False, True) for key in keys]
+        yield from ((*base, *sum(c, ())) for c in product(*settings))
 
 
 def _tile_rows() -> Iterator[Overrides]:
-    tile = ("block_m=32", "block_n=64", "block_k=16", "num_warps=2", "num_stages=1")
-    for pass_name, node in product(PASSES, ("", "up.", "down.")):
-        yield ("moe/backend=triton", "moe.autotune=false", *(f"moe.kernels.{pass_name}.{node}{text}" for text in tile))
+    tile = {"block_m": 32, "block_n": 128, "block_k": 16, "num_warps": 2, "num_stages": 1}
+    for (pass_name, kernel), node in product(PASSES.items(), ("", "up.", "down.")):
+        values = {name: not v if isinstance(v, bool) else tile[name] for name, v in vars(kernel()).items()}
+        fields = [f"moe.kernels.{pass_name}.{node}{name}={_text(v)}" for name, v in values.items() if "tma" not in name]
+        yield ("moe/backend=triton", "moe.autotune=false", *fields)
 
 
 def _option_rows() -> Iterator[Overrides]:
-    """Each option that is not the preset's own. Large models keep their experts and top_k, and are made narrow."""
-    narrow = ("moe.model.hidden_size=64", "moe.model.moe_intermediate_size=32")
+    """Each option that is not the preset's own. Large models are made narrow."""
     stored = ("moe/weights=checkpoint", "moe.weights.path=checkpoint")  # the test puts its own folder there
     for backend in _BACKEND:
         for name in _other_options("model"):
-            yield (*backend, f"moe/model={name}", *(narrow if name.startswith(PRESET) else ()))
+            yield (*backend, f"moe/model={name}", *_narrow(_read(f"model/{name}")))
         for name in _other_options("weights"):
             if name == "checkpoint":
                 yield from ((*backend, *stored, f"moe.weights.layer={layer}") for layer in (0, 1))
@@ -171,6 +176,12 @@ def _option_rows() -> Iterator[Overrides]:
                 yield (*backend, f"moe/weights={name}")
         yield (*backend, "moe.weights.seed=1")
         yield from ((*backend, f"moe.device={name}") for name in ("cpu", "cuda"))
+
+
+def _narrow(model: Mapping[str, Any]) -> Overrides:
+    """The widths of a large model divided by 32."""
+    widths = ("hidden_size", "moe_intermediate_size")
+    return tuple(f"moe.model.{name}={model[name] // 32}" for name in widths if model.get(name, 0) >= 512)
 
 
 def _other_options(group: str) -> list[str]:

@@ -31,12 +31,14 @@ class RoutingPlan:
         gather_indices: [T*K] int32, expert-order row -> flat slot; dropped slots last.
         scatter_indices: [T*K] int32, flat slot -> expert-order row.
         top_k: K.
+        offsets: [E+2] int32, `group_offsets` where it was made along the way; else it is made when asked for.
     """
 
     token_counts_by_expert: Tensor
     gather_indices: Tensor
     scatter_indices: Tensor
     top_k: int
+    offsets: Tensor | None = None
 
     @property
     def num_experts(self) -> int:
@@ -49,9 +51,12 @@ class RoutingPlan:
         return self.gather_indices.shape[0] // self.top_k
 
     @property
-    def expert_offsets(self) -> Tensor:
-        """[E+1] int32: expert e owns the expert-order rows from offsets[e] to offsets[e+1]."""
-        return F.pad(self.token_counts_by_expert.cumsum(0, dtype=torch.int32), (1, 0))
+    def group_offsets(self) -> Tensor:
+        """[E+2] int32: expert e owns the rows from offsets[e] to offsets[e+1]; dropped rows follow, up to T*K."""
+        if self.offsets is not None:
+            return self.offsets
+        ends = self.token_counts_by_expert.cumsum(0, dtype=torch.int32)
+        return F.pad(F.pad(ends, (1, 0)), (0, 1), value=self.gather_indices.shape[0])
 
 
 def route(

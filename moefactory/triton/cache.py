@@ -98,7 +98,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 def path_of(environment: Mapping[str, Any], key: Mapping[str, Any]) -> Path | None:
     """Where the value of `key` is kept."""
     base = root()
-    return base and base / digest(environment) / f"{key['pass']}-{key['gemm']}-{digest(key)}.json"
+    return base and base / digest(environment) / f"{key['pass_name']}-{key['gemm']}-{digest(key)}.json"
 
 
 def anything() -> bool:

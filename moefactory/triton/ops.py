@@ -24,7 +24,7 @@ def experts_forward(
     routing_weights: Tensor,
     gate_up_proj: Tensor,
     down_proj: Tensor,
-    counts: Tensor,
+    offsets: Tensor,
     gather: Tensor,
     scatter: Tensor,
     options: str,
@@ -32,7 +32,7 @@ def experts_forward(
     trace: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(out, h, a, y): out [T,H], or token-order rows [T*K,H] without fuse_combine; h with `save_h`; a, y to trace."""
-    pipeline = Pipeline(counts, gather, scatter, parse(options), gate_up_proj, down_proj)
+    pipeline = Pipeline(offsets, gather, scatter, parse(options), gate_up_proj, down_proj)
     with on_device(x.device):
         a, h = pipeline.up(x, save_h=save_h or trace)
         y = pipeline.down(a)
@@ -47,7 +47,7 @@ def _(
     routing_weights: Tensor,
     gate_up_proj: Tensor,
     down_proj: Tensor,
-    counts: Tensor,
+    offsets: Tensor,
     gather: Tensor,
     scatter: Tensor,
     options: str,
@@ -70,7 +70,7 @@ def experts_backward(
     gate_up_proj: Tensor,
     down_proj: Tensor,
     h: Tensor,
-    counts: Tensor,
+    offsets: Tensor,
     gather: Tensor,
     scatter: Tensor,
     options: str,
@@ -78,7 +78,7 @@ def experts_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of (x, routing_weights, gate_up_proj, down_proj); one that `needs` does not ask for is empty."""
     need_x, need_s, need_up, need_down = needs
-    pipeline = Pipeline(counts, gather, scatter, parse(options), gate_up_proj, down_proj)
+    pipeline = Pipeline(offsets, gather, scatter, parse(options), gate_up_proj, down_proj)
     need_dh = need_x or need_s or need_up
     with on_device(x.device):
         dh, ds, d_down = pipeline.d_down(dout, h, routing_weights, need_dh=need_dh, need_dw=need_down)
@@ -101,7 +101,7 @@ def _(
     gate_up_proj: Tensor,
     down_proj: Tensor,
     h: Tensor,
-    counts: Tensor,
+    offsets: Tensor,
     gather: Tensor,
     scatter: Tensor,
     options: str,
@@ -113,11 +113,11 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, routing_weights, gate_up_proj, down_proj, counts, gather, scatter, options, save_h, _ = inputs
+    x, routing_weights, gate_up_proj, down_proj, offsets, gather, scatter, options, save_h, _ = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # h, a and y get no gradient: no zeros of their size
     ctx.options, ctx.saved_h = options, save_h
-    ctx.save_for_backward(x, routing_weights, gate_up_proj, down_proj, output[1], counts, gather, scatter)
+    ctx.save_for_backward(x, routing_weights, gate_up_proj, down_proj, output[1], offsets, gather, scatter)
 
 
 def _backward(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
@@ -125,10 +125,10 @@ def _backward(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, .
         return (None,) * 10
     if not ctx.saved_h:
         raise RuntimeError("moefactory: this forward ran without gradients, nothing was saved for a backward")
-    x, routing_weights, gate_up_proj, down_proj, h, counts, gather, scatter = ctx.saved_tensors
+    x, routing_weights, gate_up_proj, down_proj, h, offsets, gather, scatter = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:4])
     grads = experts_backward(
-        dout.contiguous(), x, routing_weights, gate_up_proj, down_proj, h, counts, gather, scatter, ctx.options, needs
+        dout.contiguous(), x, routing_weights, gate_up_proj, down_proj, h, offsets, gather, scatter, ctx.options, needs
     )
     return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), *(None,) * 6)
 
@@ -163,7 +163,7 @@ def compute_experts(
     weights = routing_weights.contiguous() if options.fuse_combine else routing_weights.detach().contiguous()
     tensors = (x.contiguous(), weights, gate_up_proj, down_proj)
     save_h = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    indices = (plan.token_counts_by_expert, plan.gather_indices, plan.scatter_indices)
+    indices = (plan.group_offsets, plan.gather_indices, plan.scatter_indices)
     if fwAD._current_level >= 0 and any(fwAD.unpack_dual(t).tangent is not None for t in tensors):
         raise RuntimeError("moefactory: the triton backend has no forward-mode derivative; choose moe/backend=torch")
     out, h, a, y = experts_forward(*tensors, *indices, options.text, save_h, trace)

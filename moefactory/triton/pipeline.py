@@ -9,8 +9,6 @@ the down GEMM's output are not.
 
 from __future__ import annotations
 
-from functools import cached_property
-
 import torch
 from torch import Tensor
 
@@ -22,14 +20,14 @@ from .choice import Launch, bucket, choose
 from .combine import combine_rows
 from .forward import Rows, forward_gemm
 from .options import FusedOptions
-from .schedule import TileTable, group_offsets, tile_table
+from .schedule import TileTable, tile_table
 
 
 class Pipeline:
     """The kernels of one call: its plan, its options and the configs that were chosen for it.
 
     Args:
-        counts: token_counts_by_expert [E].
+        offsets: the plan's group_offsets [E+2].
         gather, scatter: the plan's indices [T*K].
         options: flags and stated configs.
         gate_up_proj, down_proj: [E,2I,H], [E,H,I].
@@ -37,20 +35,16 @@ class Pipeline:
 
     def __init__(
         self,
-        counts: Tensor,
+        offsets: Tensor,
         gather: Tensor,
         scatter: Tensor,
         options: FusedOptions,
         gate_up_proj: Tensor,
         down_proj: Tensor,
     ) -> None:
-        self.counts, self.gather, self.scatter, self.options = counts, gather, scatter, options
+        self.offsets, self.gather, self.scatter, self.options = offsets, gather, scatter, options
         self.weights = {"up": gate_up_proj, "down": down_proj}
         self._tables: dict[int, TileTable] = {}
-
-    @cached_property
-    def _offsets(self) -> Tensor:
-        return group_offsets(self.counts, self.gather.shape[0])
 
     def _config(self, pass_name: str, gemm: str) -> KernelConfig:
         weight = self.weights[gemm]
@@ -64,9 +58,9 @@ class Pipeline:
     def _rows(self, block_m: int) -> Rows:
         """The rows with the tile table of this block size; two GEMMs of one block size share it."""
         if block_m not in self._tables and self.gather.shape[0]:
-            self._tables[block_m] = tile_table(self._offsets, self.gather.shape[0], block_m)
-        empty = TileTable(self.counts, self.counts, self.counts, 0)
-        return Rows(self._offsets, self.gather, self.options.top_k, self._tables.get(block_m, empty))
+            self._tables[block_m] = tile_table(self.offsets, self.gather.shape[0], block_m)
+        empty = TileTable(self.offsets, self.offsets, self.offsets, 0)
+        return Rows(self.offsets, self.gather, self.options.top_k, self._tables.get(block_m, empty))
 
     def _take(self, rows: Tensor, divisor: int) -> Tensor:
         """A copy of `rows` in expert order: row gather // divisor."""
@@ -114,7 +108,7 @@ class Pipeline:
         if need_dw:
             config = self._config("bwd_dW", "down")
             rows = self._rows_of_dW()
-            dw = dW_gemm(dy, scaled_a, rows, self.counts.shape[0], config, dy_divisor=dy_divisor)  # type: ignore[arg-type]
+            dw = dW_gemm(dy, scaled_a, rows, self.offsets.shape[0] - 2, config, dy_divisor=dy_divisor)  # type: ignore[arg-type]
         return dh, ds, dw
 
     def _d_activation(
@@ -129,13 +123,15 @@ class Pipeline:
 
     def _rows_of_dW(self) -> Rows:
         """dW walks experts, not row tiles: no table."""
-        return Rows(self._offsets, self.gather, self.options.top_k, TileTable(self.counts, self.counts, self.counts, 0))
+        return Rows(
+            self.offsets, self.gather, self.options.top_k, TileTable(self.offsets, self.offsets, self.offsets, 0)
+        )
 
     def dw_up(self, dh: Tensor, x: Tensor) -> Tensor:
         """dgate_up_proj [E,2I,H]."""
         config, options = self._config("bwd_dW", "up"), self.options
         rows, divisor = (x, options.top_k) if options.permute_x else (self._take(x, options.top_k), 0)
-        experts = self.counts.shape[0]
+        experts = self.offsets.shape[0] - 2
         return dW_gemm(dh, rows, self._rows_of_dW(), experts, config, x_divisor=divisor)  # type: ignore[arg-type]
 
     def dx_up(self, dh: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ def runner(problem: Problem, config: KernelConfig, *, checking: bool = False) ->
     """
     launch, plan, t = problem.launch, problem.plan, problem.inputs
     forced = replace(launch.options, autotune=False, kernels=((launch.pass_name, launch.gemm, config),))
-    indices = (plan.token_counts_by_expert, plan.gather_indices, plan.scatter_indices)
+    indices = (plan.group_offsets, plan.gather_indices, plan.scatter_indices)
     p = Pipeline(*indices, forced, problem.weights["up"], problem.weights["down"])
 
     def d_down(need_dh: bool, need_dw: bool) -> dict[str, Any]:
@@ -94,7 +94,10 @@ def integer_problem(launch: Launch, block_m: int, device: torch.device) -> Probl
     plan = _uneven_plan(launch, block_m, device)
     n, k = launch.n, launch.k
     other = ("down", (plan.num_experts, k, n // 2)) if launch.gemm == "up" else ("up", (plan.num_experts, 2 * k, n))
-    weights = {launch.gemm: integers(plan.num_experts, n, k), other[0]: torch.zeros(other[1], dtype=dtype, device=device)}
+    weights = {
+        launch.gemm: integers(plan.num_experts, n, k),
+        other[0]: torch.zeros(other[1], dtype=dtype, device=device),
+    }
     inputs = {name: integers(*shape) for name, shape in shapes(launch, plan).items()}
     if "s" in inputs:
         inputs["s"] = torch.exp2(inputs["s"])  # 1/2, 1, 2

@@ -89,16 +89,6 @@ class TileTable:
     max_tiles: int
 
 
-def group_offsets(token_counts_by_expert: Tensor, num_rows: int) -> Tensor:
-    """[E+2] int32: the experts' first rows, the first dropped row, T*K."""
-    counts = token_counts_by_expert
-    offsets = torch.empty(counts.shape[0] + 2, dtype=torch.int32, device=counts.device)
-    offsets[:1].zero_()
-    torch.cumsum(counts, 0, dtype=torch.int32, out=offsets[1:-1])
-    offsets[-1:].fill_(num_rows)
-    return offsets
-
-
 def tile_table(expert_offsets: Tensor, num_rows: int, block_m: int) -> TileTable:
     """Cut every expert's rows into tiles of `block_m`: one launch, no host synchronisation."""
     groups = expert_offsets.shape[0] - 1

@@ -61,7 +61,8 @@ def _gpu_axes(launch: Launch, capability: int, center: KernelConfig) -> dict[str
     axes |= {"num_warps": [4, 8], "num_stages": [2, 3, 4, 5] if narrow else [1, 2, 3], "flatten": [False, True]}
     loads = [f.name for f in fields(center) if f.name.startswith("use_tma_load")]  # stores keep the shipped value
     axes |= {name: [False, True] for name in loads if capability >= TMA_CAPABILITY and launch.may_use(name)}
-    return {name: sorted({*values, getattr(center, name)}) for name, values in axes.items()}
+    known = {f.name for f in fields(center)}
+    return {name: sorted({*values, getattr(center, name)}) for name, values in axes.items() if name in known}
 
 
 def _interpreter_axes(center: KernelConfig) -> dict[str, list[Any]]:

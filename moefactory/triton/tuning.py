@@ -1,25 +1,29 @@
-"""Searching the fastest right kernel config of each launch (`tune`), and finding it again at a step (`tuned`).
+"""Searching the fastest right kernel config of each launch of a step. Never runs inside a step.
 
-Nothing here runs inside a step but the lookup, which is a dictionary access from the second step on. A search judges
-every candidate by `probe` before it is timed; what is wrong or cannot run is struck out with its reason. The result of a
-launch is written as soon as that launch is done: an interrupted search goes on where it was.
+Every candidate is judged by `probe` before it is timed: what is wrong or cannot run is struck out, with its reason. A
+launch's result is written as soon as that launch is done, so an interrupted search goes on where it was (within a
+launch it starts over, but finds its kernels compiled).
 """
 
 from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from ..config import PASSES, ConfigError, DType, KernelConfig
 from ..routing import make_plan
 from . import cache
 from .choice import Launch, _capability
 from .explain import launches
+from .launch import interpreting
+from .lookup import Result, keep, known
 from .probe import Problem, complaint, integer_problem, runner, shapes, truth
 from .search_space import candidates
 
@@ -31,7 +35,6 @@ TIE = 1.01  # of configs this close to the fastest, the one nearest to the shipp
 
 Run = Callable[[], Any]
 Timer = Callable[[Run], float]
-_memo: dict[tuple[Launch, torch.device], KernelConfig | None] = {}
 
 
 @dataclass(frozen=True)
@@ -41,10 +44,10 @@ class TuneRow:
     Attributes:
         launch, config: what was tried for what.
         status: ``ok``, ``wrong`` (another result than torch's), ``failed`` (did not compile or run), or ``cached``
-            (the winner of an earlier search; nothing was run).
+            (from an earlier search; nothing was run).
         ms: milliseconds of the launch with what belongs to it (a permuted copy, the sum over K), else None.
         reason: why it was struck out.
-        shipped, winner: whether it is the shipped choice, and whether steps now use it.
+        shipped, winner: whether it is the shipped choice, and whether steps now use it (known at a launch's end).
     """
 
     launch: Launch
@@ -65,7 +68,7 @@ class TuneRow:
 
 @dataclass(frozen=True)
 class TuneProgress:
-    """After each candidate: `done` of `total`, and the row that it gave. A cached launch counts as done at once."""
+    """After each candidate: `done` of `total`, and the row that it gave. A cached launch is done at once."""
 
     done: int
     total: int
@@ -87,17 +90,17 @@ class TuneReport:
 
     def as_dict(self) -> dict[str, Any]:
         """The report as plain values, for JSON."""
-        return {**vars(self), "rows": [row.as_dict() for row in self.rows]}
+        return {"device": self.device, "num_tokens": self.num_tokens, "rows": [row.as_dict() for row in self.rows]}
 
     def __str__(self) -> str:
         lines = [f"tuned for {self.num_tokens} tokens on {self.device}"]
         for row in self.winners:
-            values = " ".join(f"{k}={v}" for k, v in asdict(row.config).items() if v is not False)
             tried = [other for other in self.rows if other.launch == row.launch]
             lost = sum(other.status in {"wrong", "failed"} for other in tried)
-            shipped = next((other.ms for other in tried if other.shipped and other.ms), None)
+            shipped = next((other.ms for other in tried if other.shipped), None)
             gain = f", {shipped / row.ms:.2f}x the shipped choice's speed" if shipped and row.ms else ""
             count = "from the cache" if row.status == "cached" else f"{len(tried)} tried, {lost} struck out"
+            values = " ".join(f"{k}={v}" for k, v in asdict(row.config).items() if v is not False)
             lines.append(f"{_name(row.launch)}: {row.ms:.4g} ms{gain}; {count}; {values}")
         return "\n".join(lines)
 
@@ -124,22 +127,167 @@ def tune(
     Raises:
         ConfigError: a block with autotune=false, which would not use the results.
         ValueError: `num_tokens` below 1, an unknown pass.
+        RuntimeError: a candidate broke the GPU's context.
     """
     todo = _launches(block, num_tokens, passes)
-    device = block.gate.device
-    capability = _capability(device)
-    total = sum(len(candidates(one, capability)) for one in todo)
-    rows: list[TuneRow] = []
+    device, rows = block.gate.device, list[TuneRow]()
+    counts = {one: len(candidates(one, _capability(device))) for one in todo}
     done = 0
-    for one in todo:
-        known = None if redo else _cached_row(one, device)
-        count = len(candidates(one, capability))
-        found = [known] if known else _search(one, block, num_tokens, timer or _default_timer(device))
-        for number, row in enumerate(found, start=1):
-            rows.append(row)
-            if progress:
-                progress(TuneProgress(done + (count if known else number), total, row))
-        done += count
-    rows = _settled(rows)
-    name = str(cache.environment(device)["device"])
-    return TuneReport(name, num_tokens, tuple(rows))
+
+    def tell(row: TuneRow, candidates_done: int = 1) -> None:
+        nonlocal done
+        done += candidates_done
+        if progress:
+            progress(TuneProgress(done, sum(counts.values()), row))
+
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        for one in todo:
+            if (result := None if redo else known(one, device)) is not None:
+                rows += _cached_rows(one, device, result)
+                tell(rows[-1], counts[one])
+            else:
+                real = _random_problem(one, block, num_tokens)
+                rows += _search(real, device, timer or _default_timer(device), tell)
+    return TuneReport(str(cache.environment(device)["device"]), num_tokens, tuple(rows))
+
+
+def _launches(block: Qwen3MoeFusedGroupedGEMMBlock, num_tokens: int, passes: Sequence[str]) -> list[Launch]:
+    """The launches to tune: those that this block can run, in the dtype that a step would have now."""
+    if not block.fused.autotune:
+        raise ConfigError("autotune: got false; tune() needs true, since a block without it never uses the results")
+    if num_tokens < 1:
+        raise ValueError(f"num_tokens: got {num_tokens}; needed: 1 or more")
+    if unknown := [name for name in passes if name not in PASSES]:
+        raise ValueError(f"passes: got {unknown[0]!r}; allowed: {', '.join(PASSES)}")
+    never = {("bwd_dX", "up")} if block.dW_only else {("bwd_dW", "up"), ("bwd_dW", "down")} if block.dX_only else set()
+    weights = _weights(block)
+    dtype = DType(str(weights["up"].dtype).removeprefix("torch."))
+    wanted = [one for one in launches(block, num_tokens) if one.pass_name in passes]
+    mine = (one for one in wanted if (one.pass_name, one.gemm) not in never)
+    return [replace(one, dtype=dtype, aligned=weights[one.gemm].data_ptr() % 16 == 0) for one in mine]
+
+
+def _weights(block: Qwen3MoeFusedGroupedGEMMBlock) -> dict[str, Tensor]:
+    """The weights by GEMM, as a step would have them now: under autocast, copies in its dtype."""
+    kind = block.gate.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else block.gate.dtype
+    return {"up": block.gate_up_proj.detach().to(dtype), "down": block.down_proj.detach().to(dtype)}
+
+
+def _cached_rows(launch: Launch, device: torch.device, result: Result) -> list[TuneRow]:
+    """The shipped choice's row, where it was timed, and the winner's."""
+    shipped = candidates(launch, _capability(device))[0]
+    rows = [TuneRow(launch, shipped, "cached", result.shipped_ms, shipped=True)] if result.shipped_ms else []
+    if result.winner == shipped:
+        rows = []
+    return [*rows, TuneRow(launch, result.winner, "cached", result.ms, shipped=result.winner == shipped, winner=True)]
+
+
+def _search(timed: Problem, device: torch.device, timer: Timer, tell: Callable[[TuneRow], None]) -> list[TuneRow]:
+    """Judge and time every candidate of a launch, keep the winner in the cache."""
+    launch = timed.launch
+    choices = candidates(launch, _capability(device))
+    small = integer_problem(launch, max(config.block_m for config in choices), device)
+    expected = truth(small)
+    rows = []
+    for config in choices:
+        row = _judged(timed, config, timer, lambda config: complaint(small, config, expected))
+        rows.append(replace(row, shipped=config == choices[0]))
+        tell(rows[-1])
+    rows = _finals(rows, timed, timer)
+    _warn(rows)
+    for row in rows:
+        if row.winner and row.ms:
+            keep(launch, device, Result(row.config, row.ms, rows[0].ms))
+    return rows
+
+
+def _judged(
+    timed: Problem, config: KernelConfig, timer: Timer, complain: Callable[[KernelConfig], str | None] | None = None
+) -> TuneRow:
+    """The row of a candidate: right and timed, or struck out."""
+    launch = timed.launch
+    try:
+        if complain and (wrong := complain(config)):
+            return TuneRow(launch, config, "wrong", reason=wrong)
+        return TuneRow(launch, config, "ok", cache.milliseconds(timer(runner(timed, config))))
+    except torch.OutOfMemoryError:
+        raise  # our tensors do not fit: not the candidate's fault
+    except Exception as error:  # a compiler raises what it likes, and any of it strikes the candidate out
+        _check_context(timed.weights["up"].device, f"{_name(launch)} under {config}")
+        first = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        return TuneRow(launch, config, "failed", reason=first[:200])
+
+
+def _check_context(device: torch.device, what: str) -> None:
+    """RuntimeError where the last launch broke the GPU's context: nothing runs in this process after that."""
+    if device.type != "cuda":
+        return
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError as error:
+        text = f"{what} broke the GPU's context; what was tuned before it is kept, this process cannot go on"
+        raise RuntimeError(text) from error
+
+
+def _finals(rows: list[TuneRow], timed: Problem, timer: Timer) -> list[TuneRow]:
+    """The rows, the fastest and the shipped one timed once more side by side, and the winner marked."""
+    fastest = sorted((row for row in rows if row.ms), key=lambda row: row.ms or 0.0)[:FINALISTS]
+    for place, row in enumerate(rows):
+        if row in fastest or (row.shipped and row.ms):
+            rows[place] = replace(_judged(timed, row.config, timer), shipped=row.shipped)
+    again = {row.config for row in fastest} | {rows[0].config}
+    finalists = [row for row in rows if row.ms and row.config in again]
+    best = min((row.ms for row in finalists if row.ms), default=0.0)
+    winner = next((row.config for row in finalists if row.ms and row.ms <= best * TIE), None)
+    return [replace(row, winner=row.config == winner) for row in rows]
+
+
+def _warn(rows: list[TuneRow]) -> None:
+    """A wrong candidate, or a launch without a right one, is nobody's routine."""
+    name = _name(rows[0].launch)
+    if wrong := [row for row in rows if row.status == "wrong"]:
+        count = f"{len(wrong)} of {len(rows)} candidates computed a wrong result and are struck out"
+        warnings.warn(f"{name}: {count}, first {wrong[0].config}: {wrong[0].reason}", RuntimeWarning, stacklevel=5)
+    if not any(row.winner for row in rows):
+        text = f"{name}: every candidate is struck out, the shipped choice stays in use; its reason: {rows[0].reason}"
+        warnings.warn(text, RuntimeWarning, stacklevel=5)
+
+
+def _random_problem(launch: Launch, block: Qwen3MoeFusedGroupedGEMMBlock, num_tokens: int) -> Problem:
+    """Normal data of the real shape under near-balanced routing, and the block's own weights."""
+    device, dtype = block.gate.device, getattr(torch, launch.dtype.value)
+    draw = torch.Generator(device).manual_seed(0)
+    scores = torch.rand(num_tokens, launch.experts, generator=draw, device=device)
+    plan = make_plan(scores.topk(launch.options.top_k).indices, launch.experts)
+    sizes = shapes(launch, plan)
+    inputs = {name: torch.randn(s, generator=draw, device=device, dtype=dtype) for name, s in sizes.items()}
+    return Problem(launch, plan, _weights(block), inputs)
+
+
+def _default_timer(device: torch.device) -> Timer:
+    return _gpu_milliseconds if device.type == "cuda" and not interpreting() else _host_milliseconds
+
+
+def _gpu_milliseconds(run: Run) -> float:
+    """The median over a cold L2, from a CUDA graph where one can be captured: the host is slower than a small kernel."""
+    from triton.testing import do_bench
+
+    run()
+    torch.cuda.synchronize()
+    graph, replay = torch.cuda.CUDAGraph(), run
+    with suppress(RuntimeError):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            run()
+        replay = graph.replay
+    return float(do_bench(replay, warmup=10, rep=50, return_mode="median"))
+
+
+def _host_milliseconds(run: Run) -> float:
+    start = time.perf_counter()
+    run()
+    return (time.perf_counter() - start) * 1000
+
+
+def _name(launch: Launch) -> str:
+    return f"{launch.pass_name} {launch.gemm}"

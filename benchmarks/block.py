@@ -1,0 +1,138 @@
+"""The whole block against plain cuBLAS at the same FLOPs, on one GPU: `python benchmarks/block.py OUT.json`.
+
+dense    one [T*K, .] cuBLAS product per GEMM of the layer: 2 for a forward, 6 for a step, nothing else
+forward  the block under no_grad, router included; step: forward and backward, gradients to x and every weight
+share    dense time over the block's, in the same run (medians of do_bench, bf16, unit-scale normal data)
+memory   MiB held after a training forward beyond weights and x, and the peak of a step, gradients included
+host     microseconds of host time for an eager call; graph: microseconds of one CUDA graph replay of a forward
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+
+import torch
+from kernels import milliseconds, versions
+
+from moefactory import Qwen3MoeFusedGroupedGEMMBlock
+from moefactory.config import model_preset
+from moefactory.weights import init_random
+
+MIB = 2**20
+
+
+def make_block(name: str, **options) -> Qwen3MoeFusedGroupedGEMMBlock:
+    weights = init_random(model_preset(name), 0, torch.bfloat16, "cuda")
+    return Qwen3MoeFusedGroupedGEMMBlock.from_weights(weights, **options)
+
+
+def random_x(block, tokens: int) -> torch.Tensor:
+    return torch.randn(1, tokens, block.model.hidden_size, device="cuda", dtype=torch.bfloat16)
+
+
+def dense(block, tokens: int) -> tuple[float, float]:
+    """(forward, step) milliseconds of the dense products."""
+    m = block.model
+    rows, h, i = tokens * m.top_k, m.hidden_size, m.moe_intermediate_size
+    new = lambda *s: torch.randn(*s, device="cuda", dtype=torch.bfloat16)  # noqa: E731
+    x, a, z, up, down = new(rows, h), new(rows, i), new(rows, 2 * i), new(2 * i, h), new(h, i)
+    forward = [lambda: x @ up.T, lambda: a @ down.T]
+    backward = [lambda: x @ down, lambda: x.T @ a, lambda: z @ up, lambda: z.T @ x]
+    forward_ms = sum(map(milliseconds, forward))
+    return forward_ms, forward_ms + sum(map(milliseconds, backward))
+
+
+def step(block, x, dout) -> None:
+    for p in block.parameters():
+        p.grad = None
+    x.grad = None
+    block(x)[0].backward(dout)
+
+
+def memory(block, x, dout) -> tuple[float, float]:
+    for p in block.parameters():
+        p.grad = None
+    x.grad = None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = block(x)
+    held = torch.cuda.memory_allocated() - before
+    out[0].backward(dout)
+    return held / MIB, (torch.cuda.max_memory_allocated() - before) / MIB
+
+
+def host_microseconds(call, repeats: int = 50) -> float:
+    for _ in range(10):
+        call()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    elapsed = time.perf_counter() - start
+    torch.cuda.synchronize()
+    return elapsed / repeats * 1e6
+
+
+def graph_microseconds(block, tokens: int) -> float:
+    x = random_x(block, tokens)
+    with torch.no_grad():
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                block(x)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            block(x)
+    return milliseconds(graph.replay) * 1e3
+
+
+def measure(block, name: str, tokens: int) -> dict:
+    x = random_x(block, tokens).requires_grad_()
+    dout = torch.randn_like(x)
+    step(block, x, dout)
+    dense_forward, dense_step = dense(block, tokens)
+    with torch.no_grad():
+        forward_ms = milliseconds(lambda: block(x))
+    step_ms = milliseconds(lambda: step(block, x, dout))
+    held, peak = memory(block, x, dout)
+    row = {"model": name, "tokens": tokens, "forward_ms": forward_ms, "step_ms": step_ms}
+    row |= {"dense_forward_ms": dense_forward, "dense_step_ms": dense_step, "held_mib": held, "peak_mib": peak}
+    row |= {"forward_share": dense_forward / forward_ms, "step_share": dense_step / step_ms}
+    shares = f"forward {row['forward_share']:.2f} step {row['step_share']:.2f}"
+    print(f"{name:16s} {tokens:6d} {forward_ms:.3f} {step_ms:.3f} ms  {shares}  {held:.0f}/{peak:.0f} MiB", flush=True)
+    return row
+
+
+def host(block) -> dict:
+    one, many = random_x(block, 1), random_x(block, 256).requires_grad_()
+    dout = torch.randn_like(many)
+    with torch.no_grad():
+        found = {"forward_1_us": host_microseconds(lambda: block(one))}
+    found["step_256_us"] = host_microseconds(lambda: step(block, many, dout))
+    print("host", found, flush=True)
+    return found
+
+
+def main() -> None:
+    result = {"versions": versions(), "rows": [], "decode": [], "host": {}}
+    for name in ("qwen3_30b_a3b", "qwen3_235b_a22b"):
+        block = make_block(name)
+        for tokens in (16384, 4096, 1024, 256):
+            result["rows"].append(measure(block, name, tokens))
+        for tokens in (1, 16, 128):
+            us = graph_microseconds(block, tokens)
+            result["decode"].append({"model": name, "tokens": tokens, "graph_us": us})
+            print(f"{name:16s} {tokens:6d} graph {us:.1f} us", flush=True)
+        if name == "qwen3_30b_a3b":
+            result["host"] = host(block)
+        del block
+    with open(sys.argv[1], "w") as out:
+        json.dump(result, out, indent=1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""RoutingPlan in three launches: a stable counting sort of the T*K slots by expert, without atomics.
+
+    histogram   tile_counts[b, e] = how many slots of block b go to expert e
+    prefix      tile_starts[b, e] = how many of the blocks before b do; token_counts_by_expert[e] = how many in all
+    positions   row(slot) = offsets[e] + tile_starts[b, e] + how many slots before it in its block go to e too
+
+Group E stands for the dropped slots (ids outside [0, E)), which come last.
+
+    array            shape           index -> value
+    selected         [T*K] int64     flat slot -> expert
+    tile_counts      [blocks, E+1]   (block, group) -> slots
+    offsets          [E+2] int32     group -> its first expert-order row; then T*K
+    gather, scatter  [T*K] int32     expert-order row -> slot, slot -> expert-order row
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..routing import RoutingPlan
+from .launch import launch, on_device
+
+BLOCK = 128  # slots per program; their order within is found by comparing all pairs
+PREFIX_GROUPS = 4
+PREFIX_BLOCKS = 256
+
+
+@triton.jit
+def _group_of(selected_ptr, slot, mask, E):
+    """The group of each slot: its expert, E if that is outside of [0, E), E + 1 for lanes past the end."""
+    expert = tl.load(selected_ptr + slot, mask=mask, other=0)
+    group = tl.where((expert >= 0) & (expert < E), expert, E).to(tl.int32)
+    return tl.where(mask, group, E + 1)
+
+
+@triton.jit
+def _histogram(selected_ptr, tile_counts_ptr, M, E, GROUPS: tl.constexpr, BLOCK: tl.constexpr):
+    block = tl.program_id(0)
+    slot = block * BLOCK + tl.arange(0, BLOCK)
+    group = _group_of(selected_ptr, slot, slot < M, E)
+    # the mask keeps lanes past the end out: a value of GROUPS or more would be counted in the last bin
+    counts = tl.histogram(group, GROUPS, mask=slot < M)
+    offs_g = tl.arange(0, GROUPS)
+    tl.store(tile_counts_ptr + block.to(tl.int64) * (E + 1) + offs_g, counts, mask=offs_g < E + 1)
+
+
+@triton.jit
+def _prefix(
+    tile_counts_ptr, tile_starts_ptr, counts_ptr, blocks, E, PREFIX_BLOCKS: tl.constexpr, PREFIX_GROUPS: tl.constexpr
+):
+    offs_g = tl.program_id(0) * PREFIX_GROUPS + tl.arange(0, PREFIX_GROUPS)
+    total = tl.zeros((PREFIX_GROUPS,), tl.int32)
+    for first in range(0, blocks, PREFIX_BLOCKS):
+        offs_b = first + tl.arange(0, PREFIX_BLOCKS)
+        mask = (offs_b < blocks)[:, None] & (offs_g < E + 1)[None, :]
+        ptrs = offs_b.to(tl.int64)[:, None] * (E + 1) + offs_g[None, :]
+        counts = tl.load(tile_counts_ptr + ptrs, mask=mask, other=0)  # [PREFIX_BLOCKS, PREFIX_GROUPS]
+        starts = total[None, :] + tl.cumsum(counts, axis=0) - counts
+        tl.store(tile_starts_ptr + ptrs, starts, mask=mask)
+        total += tl.sum(counts, axis=0)
+    tl.store(counts_ptr + offs_g, total, mask=offs_g < E + 1)
+
+
+@triton.jit
+def _positions(
+    selected_ptr,
+    tile_starts_ptr,
+    counts_ptr,
+    offsets_ptr,
+    gather_ptr,
+    scatter_ptr,
+    M,
+    E,
+    GROUPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    block = tl.program_id(0)
+    offs_g = tl.arange(0, GROUPS)
+    counts = tl.load(counts_ptr + offs_g, mask=offs_g < E + 1, other=0)
+    ends = tl.cumsum(counts, axis=0)
+    if block == 0:
+        tl.store(offsets_ptr + offs_g, ends - counts, mask=offs_g < E + 1)
+        tl.store(offsets_ptr + E + 1, M)
+    starts = tl.load(tile_starts_ptr + block.to(tl.int64) * (E + 1) + offs_g, mask=offs_g < E + 1, other=0)
+    lane = tl.arange(0, BLOCK)
+    slot = block * BLOCK + lane
+    mask = slot < M
+    group = _group_of(selected_ptr, slot, mask, E)
+    mine = offs_g[None, :] == group[:, None]  # [BLOCK, GROUPS]
+    base = tl.sum(tl.where(mine, (ends - counts + starts)[None, :], 0), axis=1)
+    earlier = (group[None, :] == group[:, None]) & (lane[None, :] < lane[:, None])  # [BLOCK, BLOCK]
+    row = base + tl.sum(earlier.to(tl.int32), axis=1)
+    tl.store(scatter_ptr + slot, row, mask=mask)
+    tl.store(gather_ptr + row, slot, mask=mask)
+
+
+@torch.library.custom_op("moefactory::plan", mutates_args=())
+def plan_tensors(selected: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(counts [E+1], offsets [E+2], gather [T*K], scatter [T*K]), int32, of selected experts [T,K]."""
+    rows, device = selected.numel(), selected.device
+    counts, offsets, gather, scatter = (
+        torch.empty(n, dtype=torch.int32, device=device) for n in (num_experts + 1, num_experts + 2, rows, rows)
+    )
+    if not rows:
+        return counts.zero_(), offsets.zero_(), gather, scatter
+    blocks = triton.cdiv(rows, BLOCK)
+    tile_counts = torch.empty(blocks, num_experts + 1, dtype=torch.int32, device=device)
+    tile_starts = torch.empty_like(tile_counts)
+    selected = selected.contiguous()
+    groups = triton.next_power_of_2(num_experts + 1)
+    block = {"GROUPS": groups, "BLOCK": BLOCK}
+    with on_device(device):
+        launch("plan_histogram", _histogram, (blocks,), selected, tile_counts, rows, num_experts, **block)
+        prefix = {"PREFIX_BLOCKS": min(PREFIX_BLOCKS, triton.next_power_of_2(blocks)), "PREFIX_GROUPS": PREFIX_GROUPS}
+        grid = (triton.cdiv(num_experts + 1, PREFIX_GROUPS),)
+        launch("plan_prefix", _prefix, grid, tile_counts, tile_starts, counts, blocks, num_experts, **prefix)
+        args = (selected, tile_starts, counts, offsets, gather, scatter, rows, num_experts)
+        launch("plan_positions", _positions, (blocks,), *args, **block)
+    return counts, offsets, gather, scatter
+
+
+@plan_tensors.register_fake
+def _(selected: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows = selected.shape[0] * selected.shape[1]
+    sizes = (num_experts + 1, num_experts + 2, rows, rows)
+    a, b, c, d = (selected.new_empty(n, dtype=torch.int32) for n in sizes)
+    return a, b, c, d
+
+
+def make_plan(selected_experts: Tensor, num_experts: int) -> RoutingPlan:
+    """The same plan as `moefactory.routing.make_plan`, by kernels."""
+    counts, offsets, gather, scatter = plan_tensors(selected_experts, num_experts)
+    return RoutingPlan(counts[:num_experts], gather, scatter, selected_experts.shape[1], offsets)

@@ -1,0 +1,178 @@
+"""p = softmax(logits); the top_k largest p, lowest expert first among equals; divided by their sum if norm_topk_prob.
+
+forward    w[t,k] = p[t, id[t,k]]  (/ S[t] = sum over k)                     float32, cast to the logits' dtype
+backward   dp[id_k] = (dw[k] - sum_j dw[j] w[j]) / S  (norm_topk_prob), else dw[k]; 0 elsewhere
+           dlogits[e] = p[e] * (dp[e] - sum_i dp[i] p[i])
+
+argument           shape    order
+logits, dlogits    [T, E]   token order
+weights, dweights  [T, K]   token order
+selected           [T, K]   int64
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import accumulator, launch, on_device
+
+BLOCK_T = 8
+
+
+@triton.jit
+def _probabilities(logits_ptr, offs_t, offs_e, mask, E, ACC: tl.constexpr):
+    """softmax of the rows `offs_t`: [BLOCK_T, EXPERTS], zero past the last expert."""
+    ptrs = logits_ptr + offs_t.to(tl.int64)[:, None] * E + offs_e[None, :]
+    # rows past the end read zeros, not -inf, whose softmax would be NaN
+    logits = tl.where((offs_e < E)[None, :], tl.load(ptrs, mask=mask, other=0.0).to(ACC), float("-inf"))
+    top = tl.max(logits, axis=1)
+    shifted = tl.exp(logits - top[:, None])
+    return shifted / tl.sum(shifted, axis=1)[:, None]
+
+
+@triton.jit
+def _route_forward(
+    logits_ptr,
+    weights_ptr,
+    selected_ptr,
+    T,
+    E,
+    TOP_K: tl.constexpr,
+    SLOTS: tl.constexpr,
+    NORM: tl.constexpr,
+    ACC: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    offs_e = tl.arange(0, EXPERTS)
+    offs_s = tl.arange(0, SLOTS)
+    row_mask = offs_t < T
+    p = _probabilities(logits_ptr, offs_t, offs_e, row_mask[:, None] & (offs_e < E)[None, :], E, ACC)
+    left = tl.where((offs_e < E)[None, :], p, -1.0)  # what is still to be chosen from
+    weights = tl.zeros((BLOCK_T, SLOTS), ACC)
+    selected = tl.zeros((BLOCK_T, SLOTS), tl.int32)
+    for k in tl.static_range(TOP_K):
+        best = tl.max(left, axis=1)
+        expert = tl.min(tl.where(left == best[:, None], offs_e[None, :], E), axis=1)
+        # a row of NaN equals nothing: it keeps ids in range, and its weights are NaN as they are in torch
+        value = tl.sum(tl.where(offs_e[None, :] == expert[:, None], p, 0.0), axis=1)
+        value = tl.where(expert < E, value, float("nan"))
+        expert = tl.where(expert < E, expert, k)
+        weights = tl.where((offs_s == k)[None, :], value[:, None], weights)
+        selected = tl.where((offs_s == k)[None, :], expert[:, None], selected)
+        left = tl.where(offs_e[None, :] == expert[:, None], -1.0, left)
+    if NORM:
+        weights = weights / tl.sum(weights, axis=1)[:, None]
+    mask = row_mask[:, None] & (offs_s < TOP_K)[None, :]
+    out = offs_t.to(tl.int64)[:, None] * TOP_K + offs_s[None, :]
+    tl.store(weights_ptr + out, weights.to(weights_ptr.dtype.element_ty), mask=mask)
+    tl.store(selected_ptr + out, selected.to(tl.int64), mask=mask)
+
+
+@triton.jit
+def _route_backward(
+    logits_ptr,
+    selected_ptr,
+    dweights_ptr,
+    dlogits_ptr,
+    T,
+    E,
+    TOP_K: tl.constexpr,
+    NORM: tl.constexpr,
+    ACC: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    offs_e = tl.arange(0, EXPERTS)
+    row_mask = offs_t < T
+    mask = row_mask[:, None] & (offs_e < E)[None, :]
+    p = _probabilities(logits_ptr, offs_t, offs_e, mask, E, ACC)
+    chosen = tl.zeros((BLOCK_T, EXPERTS), ACC)  # 1 where selected
+    dw = tl.zeros((BLOCK_T, EXPERTS), ACC)
+    for k in tl.static_range(TOP_K):
+        slot = offs_t.to(tl.int64) * TOP_K + k
+        expert = tl.load(selected_ptr + slot, mask=row_mask, other=0)
+        here = offs_e[None, :] == expert[:, None]
+        chosen += tl.where(here, 1.0, 0.0)
+        dw += tl.where(here, tl.load(dweights_ptr + slot, mask=row_mask, other=0.0).to(ACC)[:, None], 0.0)
+    dp = dw
+    if NORM:
+        total = tl.sum(p * chosen, axis=1)[:, None]
+        dp = chosen * (dw - tl.sum(dw * p, axis=1)[:, None] / total) / total
+    dlogits = p * (dp - tl.sum(dp * p, axis=1)[:, None])
+    out = dlogits_ptr + offs_t.to(tl.int64)[:, None] * E + offs_e[None, :]
+    tl.store(out, dlogits.to(dlogits_ptr.dtype.element_ty), mask=mask)
+
+
+def _meta(logits: Tensor, top_k: int, norm: bool) -> dict[str, Any]:
+    experts = triton.next_power_of_2(logits.shape[1])
+    return {"TOP_K": top_k, "NORM": norm, "ACC": accumulator(logits.dtype), "EXPERTS": experts, "BLOCK_T": BLOCK_T}
+
+
+@torch.library.custom_op("moefactory::top_k_softmax", mutates_args=())
+def top_k_softmax(logits: Tensor, top_k: int, norm_topk_prob: bool) -> tuple[Tensor, Tensor]:
+    """(routing_weights [T,K] in the logits' dtype, selected_experts [T,K] int64) of logits [T,E]."""
+    tokens, experts = logits.shape
+    weights = torch.empty(tokens, top_k, dtype=logits.dtype, device=logits.device)
+    selected = torch.empty(tokens, top_k, dtype=torch.int64, device=logits.device)
+    if tokens:
+        meta = {**_meta(logits, top_k, norm_topk_prob), "SLOTS": triton.next_power_of_2(top_k)}
+        grid = (triton.cdiv(tokens, BLOCK_T),)
+        with on_device(logits.device):
+            args = (logits.contiguous(), weights, selected, tokens, experts)
+            launch("route_forward", _route_forward, grid, *args, **meta)
+    return weights, selected
+
+
+@top_k_softmax.register_fake
+def _(logits: Tensor, top_k: int, norm_topk_prob: bool) -> tuple[Tensor, Tensor]:
+    shape = (logits.shape[0], top_k)
+    return logits.new_empty(shape), logits.new_empty(shape, dtype=torch.int64)
+
+
+@torch.library.custom_op("moefactory::top_k_softmax_backward", mutates_args=())
+def top_k_softmax_backward(dweights: Tensor, logits: Tensor, selected: Tensor, norm_topk_prob: bool) -> Tensor:
+    """dlogits [T,E] of dweights [T,K]."""
+    tokens, experts = logits.shape
+    dlogits = torch.empty(tokens, experts, dtype=logits.dtype, device=logits.device)
+    if tokens:
+        meta = _meta(logits, selected.shape[1], norm_topk_prob)
+        grid = (triton.cdiv(tokens, BLOCK_T),)
+        with on_device(logits.device):
+            args = (logits.contiguous(), selected, dweights.contiguous(), dlogits, tokens, experts)
+            launch("route_backward", _route_backward, grid, *args, **meta)
+    return dlogits
+
+
+@top_k_softmax_backward.register_fake
+def _(dweights: Tensor, logits: Tensor, selected: Tensor, norm_topk_prob: bool) -> Tensor:
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    logits, _, ctx.norm_topk_prob = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(logits, output[1])
+
+
+def _backward(ctx: Any, dweights: Tensor | None, _: None) -> tuple[Tensor | None, None, None]:
+    if dweights is None:
+        return None, None, None
+    logits, selected = ctx.saved_tensors
+    return top_k_softmax_backward(dweights, logits, selected, ctx.norm_topk_prob), None, None
+
+
+def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
+    raise RuntimeError("moefactory: the triton backend has no second derivative; choose moe/backend=torch for it")
+
+
+top_k_softmax.register_autograd(_backward, setup_context=_save)
+top_k_softmax_backward.register_autograd(_no_second_derivative)
