@@ -1,4 +1,4 @@
-"""The fused experts as torch custom ops: fake implementations for torch.compile, registered autograd, no graph break.
+"""The fused experts as torch operators: fake implementations for torch.compile, registered autograd, no graph break.
 
 `moefactory::experts_forward` and `moefactory::experts_backward` wrap `pipeline`. Every shape that they save or return
 depends on T, K and the weights only, never on the routing, so recomputation and CUDA graphs see the same tensors.
@@ -14,35 +14,12 @@ from torch import Tensor
 
 from ..routing import RoutingPlan, combine
 from .launch import on_device
+from .library import define, differentiate, no_second_derivative
 from .options import FusedOptions, parse
 from .pipeline import Pipeline, empty_like_none
 
 
-@torch.library.custom_op("moefactory::experts_forward", mutates_args=())
-def experts_forward(
-    x: Tensor,
-    routing_weights: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-    offsets: Tensor,
-    gather: Tensor,
-    scatter: Tensor,
-    options: str,
-    save_h: bool,
-    trace: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(out, h, a, y): out [T,H], or token-order rows [T*K,H] without fuse_combine; h with `save_h`; a, y to trace."""
-    pipeline = Pipeline(offsets, gather, scatter, parse(options), gate_up_proj, down_proj)
-    with on_device(x.device):
-        a, h = pipeline.up(x, save_h=save_h or trace)
-        y = pipeline.down(a)
-        out = pipeline.combine(y, routing_weights)
-    nothing = [x.new_empty(0) for _ in range(3)]  # three: outputs of a custom op may not alias
-    return out, h if save_h or trace else nothing[0], a if trace else nothing[1], y if trace else nothing[2]
-
-
-@experts_forward.register_fake
-def _(
+def _forward_fake(
     x: Tensor,
     routing_weights: Tensor,
     gate_up_proj: Tensor,
@@ -62,7 +39,56 @@ def _(
     return out, h, a, y
 
 
-@torch.library.custom_op("moefactory::experts_backward", mutates_args=())
+@define(
+    "experts_forward(Tensor x, Tensor routing_weights, Tensor gate_up_proj, Tensor down_proj, Tensor offsets, "
+    "Tensor gather, Tensor scatter, str options, bool save_h, bool trace) -> (Tensor, Tensor, Tensor, Tensor)",
+    _forward_fake,
+)
+def experts_forward(
+    x: Tensor,
+    routing_weights: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    offsets: Tensor,
+    gather: Tensor,
+    scatter: Tensor,
+    options: str,
+    save_h: bool,
+    trace: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(out, h, a, y): out [T,H], or token-order rows [T*K,H] without fuse_combine; h with `save_h`; a, y to trace."""
+    pipeline = Pipeline(offsets, gather, scatter, parse(options), gate_up_proj, down_proj)
+    with on_device(x.device):
+        a, h = pipeline.up(x, save_h=save_h or trace)
+        y = pipeline.down(a)
+        out = pipeline.combine(y, routing_weights)
+    nothing = [x.new_empty(0) for _ in range(3)]  # three: outputs of an operator may not alias
+    return out, h if save_h or trace else nothing[0], a if trace else nothing[1], y if trace else nothing[2]
+
+
+def _backward_fake(
+    dout: Tensor,
+    x: Tensor,
+    routing_weights: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    h: Tensor,
+    offsets: Tensor,
+    gather: Tensor,
+    scatter: Tensor,
+    options: str,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    like = (x, routing_weights, gate_up_proj, down_proj)
+    grads = [t.new_empty(t.shape if need else 0) for t, need in zip(like, needs, strict=True)]
+    return grads[0], grads[1], grads[2], grads[3]
+
+
+@define(
+    "experts_backward(Tensor dout, Tensor x, Tensor routing_weights, Tensor gate_up_proj, Tensor down_proj, Tensor h, "
+    "Tensor offsets, Tensor gather, Tensor scatter, str options, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
+    _backward_fake,
+)
 def experts_backward(
     dout: Tensor,
     x: Tensor,
@@ -93,25 +119,6 @@ def experts_backward(
     )
 
 
-@experts_backward.register_fake
-def _(
-    dout: Tensor,
-    x: Tensor,
-    routing_weights: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-    h: Tensor,
-    offsets: Tensor,
-    gather: Tensor,
-    scatter: Tensor,
-    options: str,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    like = (x, routing_weights, gate_up_proj, down_proj)
-    grads = [t.new_empty(t.shape if need else 0) for t, need in zip(like, needs, strict=True)]
-    return grads[0], grads[1], grads[2], grads[3]
-
-
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, routing_weights, gate_up_proj, down_proj, offsets, gather, scatter, options, save_h, _ = inputs
     ctx.mark_non_differentiable(*output[1:])
@@ -133,12 +140,8 @@ def _backward(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, .
     return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), *(None,) * 6)
 
 
-def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError("moefactory: the triton backend has no second derivative; choose moe/backend=torch for it")
-
-
-experts_forward.register_autograd(_backward, setup_context=_save)
-experts_backward.register_autograd(_no_second_derivative)
+differentiate(experts_forward, _backward, _save)
+differentiate(experts_backward, no_second_derivative)
 
 
 def compute_experts(

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..routing import RoutingPlan
 from .launch import launch, on_device
+from .library import define
 
 BLOCK = 128  # slots per program; their order within is found by comparing all pairs
 PREFIX_GROUPS = 4
@@ -97,7 +98,14 @@ def _positions(
     tl.store(gather_ptr + row, slot, mask=mask)
 
 
-@torch.library.custom_op("moefactory::plan", mutates_args=())
+def _fake(selected: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows = selected.shape[0] * selected.shape[1]
+    sizes = (num_experts + 1, num_experts + 2, rows, rows)
+    a, b, c, d = (selected.new_empty(n, dtype=torch.int32) for n in sizes)
+    return a, b, c, d
+
+
+@define("plan(Tensor selected, int num_experts) -> (Tensor, Tensor, Tensor, Tensor)", _fake)
 def plan_tensors(selected: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(counts [E+1], offsets [E+2], gather [T*K], scatter [T*K]), int32, of selected experts [T,K]."""
     rows, device = selected.numel(), selected.device
@@ -120,14 +128,6 @@ def plan_tensors(selected: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Te
         args = (selected, tile_starts, counts, offsets, gather, scatter, rows, num_experts)
         launch("plan_positions", _positions, (blocks,), *args, **block)
     return counts, offsets, gather, scatter
-
-
-@plan_tensors.register_fake
-def _(selected: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows = selected.shape[0] * selected.shape[1]
-    sizes = (num_experts + 1, num_experts + 2, rows, rows)
-    a, b, c, d = (selected.new_empty(n, dtype=torch.int32) for n in sizes)
-    return a, b, c, d
 
 
 def make_plan(selected_experts: Tensor, num_experts: int) -> RoutingPlan:

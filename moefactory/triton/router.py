@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import accumulator, launch, on_device
+from .library import define, differentiate, no_second_derivative
 
 BLOCK_T = 8
 
@@ -116,7 +117,12 @@ def _meta(logits: Tensor, top_k: int, norm: bool) -> dict[str, Any]:
     return {"TOP_K": top_k, "NORM": norm, "ACC": accumulator(logits.dtype), "EXPERTS": experts, "BLOCK_T": BLOCK_T}
 
 
-@torch.library.custom_op("moefactory::top_k_softmax", mutates_args=())
+def _forward_fake(logits: Tensor, top_k: int, norm_topk_prob: bool) -> tuple[Tensor, Tensor]:
+    shape = (logits.shape[0], top_k)
+    return logits.new_empty(shape), logits.new_empty(shape, dtype=torch.int64)
+
+
+@define("top_k_softmax(Tensor logits, int top_k, bool norm_topk_prob) -> (Tensor, Tensor)", _forward_fake)
 def top_k_softmax(logits: Tensor, top_k: int, norm_topk_prob: bool) -> tuple[Tensor, Tensor]:
     """(routing_weights [T,K] in the logits' dtype, selected_experts [T,K] int64) of logits [T,E]."""
     tokens, experts = logits.shape
@@ -131,13 +137,14 @@ def top_k_softmax(logits: Tensor, top_k: int, norm_topk_prob: bool) -> tuple[Ten
     return weights, selected
 
 
-@top_k_softmax.register_fake
-def _(logits: Tensor, top_k: int, norm_topk_prob: bool) -> tuple[Tensor, Tensor]:
-    shape = (logits.shape[0], top_k)
-    return logits.new_empty(shape), logits.new_empty(shape, dtype=torch.int64)
+def _backward_fake(dweights: Tensor, logits: Tensor, selected: Tensor, norm_topk_prob: bool) -> Tensor:
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
-@torch.library.custom_op("moefactory::top_k_softmax_backward", mutates_args=())
+@define(
+    "top_k_softmax_backward(Tensor dweights, Tensor logits, Tensor selected, bool norm_topk_prob) -> Tensor",
+    _backward_fake,
+)
 def top_k_softmax_backward(dweights: Tensor, logits: Tensor, selected: Tensor, norm_topk_prob: bool) -> Tensor:
     """dlogits [T,E] of dweights [T,K]."""
     tokens, experts = logits.shape
@@ -149,11 +156,6 @@ def top_k_softmax_backward(dweights: Tensor, logits: Tensor, selected: Tensor, n
             args = (logits.contiguous(), selected, dweights.contiguous(), dlogits, tokens, experts)
             launch("route_backward", _route_backward, grid, *args, **meta)
     return dlogits
-
-
-@top_k_softmax_backward.register_fake
-def _(dweights: Tensor, logits: Tensor, selected: Tensor, norm_topk_prob: bool) -> Tensor:
-    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -170,9 +172,5 @@ def _backward(ctx: Any, dweights: Tensor | None, _: None) -> tuple[Tensor | None
     return top_k_softmax_backward(dweights, logits, selected, ctx.norm_topk_prob), None, None
 
 
-def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError("moefactory: the triton backend has no second derivative; choose moe/backend=torch for it")
-
-
-top_k_softmax.register_autograd(_backward, setup_context=_save)
-top_k_softmax_backward.register_autograd(_no_second_derivative)
+differentiate(top_k_softmax, _backward, _save)
+differentiate(top_k_softmax_backward, no_second_derivative)

@@ -1,0 +1,40 @@
+"""Defining torch operators through the dispatcher itself.
+
+`torch.library.custom_op` does the same and checks every call for aliasing, which costs some 50 us of host time a call;
+the operators here return fresh tensors only, so that they need no such check. `torch.library.opcheck` holds for both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_LIBRARY = torch.library.Library("moefactory", "FRAGMENT")
+
+
+def define(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
+    """Make the decorated function the operator ``moefactory::<schema>``, on every device, with this fake.
+
+    The fake gets the same arguments and returns empty tensors of the right shapes and dtypes.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        name = schema.partition("(")[0]
+        _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"moefactory::{name}", fake, lib=_LIBRARY)
+        return getattr(torch.ops.moefactory, name).default
+
+    return decorate
+
+
+def differentiate(operator: Any, backward: Callable[..., Any], save: Callable[..., None] | None = None) -> None:
+    """Register the operator's backward, ``backward(ctx, *grads)``, and what ``save(ctx, inputs, output)`` keeps."""
+    torch.library.register_autograd(operator, backward, setup_context=save, lib=_LIBRARY)
+
+
+def no_second_derivative(ctx: Any, *grads: Any) -> None:
+    """The backward of a backward operator: refused in our own words."""
+    raise RuntimeError("moefactory: the triton backend has no second derivative; choose moe/backend=torch for it")
