@@ -42,7 +42,7 @@ def dX_configs(*, tma_dy: bool, tma_store: bool = False):
             yield KernelConfigBackward_dX(m, n, k, w, s, flatten, **tma)
 
 
-def dW_configs(*, tma_dy: bool, tma_x: bool):
+def dW_configs(*, tma_dy: bool, tma_x: bool, first: bool = False):
     for m, n, k, w, s in (
         (64, 128, 256, 8, 3), (64, 256, 128, 8, 3), (64, 128, 128, 4, 3), (32, 128, 128, 4, 4), (32, 128, 256, 8, 5),
         (32, 256, 128, 8, 5), (128, 128, 128, 8, 2), (32, 128, 128, 4, 5),
@@ -50,7 +50,7 @@ def dW_configs(*, tma_dy: bool, tma_x: bool):
         for store in (False, True):
             for flatten in (False, True):
                 tma = {"use_tma_load_dy": tma_dy, "use_tma_load_x": tma_x, "use_tma_store": store}
-                yield KernelConfigBackward_dW(m, n, k, w, s, flatten, **tma)
+                yield KernelConfigBackward_dW(m, n, k, w, s, flatten, first, **tma)
 
 
 # launch -> (pass, gemm, permute_x, permute_y, configs)
@@ -62,9 +62,9 @@ LAUNCHES = {
     "dX up scatter": ("bwd_dX", "up", True, True, dX_configs(tma_dy=True)),
     "dX up": ("bwd_dX", "up", False, True, dX_configs(tma_dy=True, tma_store=True)),
     "dW down": ("bwd_dW", "down", True, True, dW_configs(tma_dy=False, tma_x=True)),
-    "dW down copy": ("bwd_dW", "down", True, False, dW_configs(tma_dy=True, tma_x=True)),
+    "dW down copy": ("bwd_dW", "down", True, True, dW_configs(tma_dy=True, tma_x=True, first=True)),
     "dW up": ("bwd_dW", "up", True, True, dW_configs(tma_dy=True, tma_x=False)),
-    "dW up copy": ("bwd_dW", "up", False, True, dW_configs(tma_dy=True, tma_x=True)),
+    "dW up copy": ("bwd_dW", "up", True, True, dW_configs(tma_dy=True, tma_x=True, first=True)),
 }
 LAUNCHES = {name: (*rest, list(dict.fromkeys(configs))) for name, (*rest, configs) in LAUNCHES.items()}
 

@@ -11,7 +11,7 @@ Vocabulary: tokens T, experts E, ``top_k`` K, ``hidden_size`` H, ``moe_intermedi
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, make_dataclass, replace
 from enum import Enum
 from functools import cache, partial
@@ -136,7 +136,11 @@ class KernelConfigBackward_dX:
 
 @dataclass(frozen=True)
 class KernelConfigBackward_dW:
-    """Tiles of dW[e][N, K] = dy[M_e, N]^T * x[M_e, K]; block_m is the step of the sum over an expert's rows."""
+    """Tiles of dW[e][N, K] = dy[M_e, N]^T * x[M_e, K]; block_m is the step of the sum over an expert's rows.
+
+    ``gather_first`` copies the operand that permute_x (up GEMM) or permute_y (down GEMM) reaches through the index into
+    expert order before the product, which then reads whole tiles, by TMA if asked: more memory, often less time.
+    """
 
     block_m: int = 64
     block_n: int = 64
@@ -144,6 +148,7 @@ class KernelConfigBackward_dW:
     num_warps: int = 4
     num_stages: int = 3
     flatten: bool = False
+    gather_first: bool = False
     use_tma_load_dy: bool = False
     use_tma_load_x: bool = False
     use_tma_store: bool = False
@@ -322,7 +327,10 @@ def from_mapping(nodes: Mapping[str, Any] | MoeConfig) -> MoeConfig:
         config = OmegaConf.to_object(OmegaConf.merge(schema, plain))
     except omegaconf.errors.OmegaConfBaseException as error:
         key = str(error.full_key)
-        raise ConfigError(f"{key}: got {_came(plain, key, hidden)}{allowed_values(key)}") from None
+        value: Any = plain
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else value
+        raise ConfigError(f"{key}: got {_came(value, key, hidden)}{allowed_values(key)}") from None
     assert isinstance(config, MoeConfig)
     return config
 
@@ -331,7 +339,7 @@ def _plain(nodes: Any, schema: Any, path: str, hidden: set[str]) -> dict[str, An
     """`nodes` as a plain dict with the schema's keys and scalars only; `hidden` collects keys of interpolations."""
     allowed = [str(key) for key in schema]
     plain: dict[str, Any] = {}
-    for key, read in _items(nodes, path, allowed):
+    for key, read in _items(nodes, path, allowed, hidden):
         here = f"{path}.{key}" if path else str(key)
         if not isinstance(key, str) or key not in allowed:
             raise ConfigError(_unknown_key(here, str(key), allowed))
@@ -350,15 +358,17 @@ def _plain(nodes: Any, schema: Any, path: str, hidden: set[str]) -> dict[str, An
 _Read: TypeAlias = Callable[[str, set[str]], Any]
 
 
-def _items(nodes: Any, path: str, allowed: list[str]) -> list[tuple[Any, _Read]]:
+def _items(nodes: Any, path: str, allowed: list[str], hidden: set[str]) -> Iterator[tuple[Any, _Read]]:
     """(key, reader of its value) of a mapping, an OmegaConf node or a dataclass."""
     if OmegaConf.is_dict(nodes) and not (nodes._is_none() or nodes._is_missing()):
-        return [(key, partial(_resolved, nodes, key)) for key in nodes]
-    if isinstance(nodes, Mapping) and not OmegaConf.is_config(nodes):
-        return [(key, partial(_stated, value)) for key, value in nodes.items()]
-    if is_dataclass(nodes) and not isinstance(nodes, type | KernelConfig):
-        return [(f.name, partial(_stated, getattr(nodes, f.name))) for f in fields(nodes)]
-    raise ConfigError(f"{path or 'moe'}: got {shorten(nodes)}; allowed: a mapping with {', '.join(allowed)}")
+        yield from ((key, partial(_resolved, nodes, key)) for key in nodes)
+    elif isinstance(nodes, Mapping) and not OmegaConf.is_config(nodes):
+        yield from ((key, partial(_stated, value)) for key, value in nodes.items())
+    elif is_dataclass(nodes) and not isinstance(nodes, type | KernelConfig):
+        yield from ((f.name, partial(_stated, getattr(nodes, f.name))) for f in fields(nodes))
+    else:
+        came = _came(nodes, path, hidden)
+        raise ConfigError(f"{path or 'moe'}: got {came}; allowed: a mapping with {', '.join(allowed)}")
 
 
 def _stated(value: Any, path: str, hidden: set[str]) -> Any:
@@ -393,8 +403,7 @@ def _scalar(value: Any, schema: Any, path: str, hidden: set[str]) -> Any:
     too_long = isinstance(value, str) and len(value) > MAX_TEXT
     huge = isinstance(value, int) and value.bit_length() > 64
     if number_for_bool or too_long or huge or not isinstance(value, bool | int | float | str | Enum | None):
-        came = "the value of an interpolation" if path in hidden else shorten(value)
-        raise ConfigError(f"{path}: got {came}{allowed_values(path)}")
+        raise ConfigError(f"{path}: got {_came(value, path, hidden)}{allowed_values(path)}")
     return value
 
 
@@ -408,11 +417,9 @@ def shorten(value: Any) -> str:
     return f"a {type(value).__name__}"
 
 
-def _came(plain: dict[str, Any], key: str, hidden: set[str]) -> str:
-    value: Any = plain
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, dict) else value
-    return "the value of an interpolation" if key in hidden else shorten(value)
+def _came(value: Any, path: str, hidden: set[str]) -> str:
+    """What came, unless an interpolation brought it: that may be a secret of the environment."""
+    return "the value of an interpolation" if path in hidden else shorten(value)
 
 
 def _unknown_key(path: str, key: str, allowed: list[str]) -> str:
@@ -443,10 +450,10 @@ def allowed_values(key: str) -> str:
     if OmegaConf.is_dict(node):
         return f"; allowed: a mapping with {', '.join(str(k) for k in node)}"
     kind = node._metadata.ref_type
-    if isinstance(node, omegaconf.EnumNode):
-        return f"; allowed: {', '.join(m.name for m in node.enum_type)}"
-    names = {bool: "true or false", int: "an integer", str: "a string"}
     null = ", or null" if node._metadata.optional else ""
+    if isinstance(node, omegaconf.EnumNode):
+        return f"; allowed: {', '.join(m.name for m in node.enum_type)}{null}"
+    names = {bool: "true or false", int: "an integer", str: "a string"}
     return f"; allowed: {names.get(kind, kind)}{null}"
 
 

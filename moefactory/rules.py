@@ -99,11 +99,15 @@ def _permute_tma(flag: str, gemm: str, pass_name: str, tma: str) -> Rule:
 
     def broken(case: Case) -> str | None:
         config = case.kernels.get(pass_name, gemm)
-        clash = getattr(case.config, flag) and config is not None and getattr(config, tma)
+        indexed = getattr(case.config, flag) and not getattr(config, "gather_first", False)
+        clash = indexed and config is not None and getattr(config, tma)
         return f"{flag}=true reaches this operand through an index, and {key}=true moves it by TMA" if clash else None
 
+    repair = f"set {flag}=false or {key}=false"
+    if pass_name == "bwd_dW":
+        repair += f", or kernels.{pass_name}.{gemm}.gather_first=true"
     name = f"{flag}-{pass_name}-{tma.removeprefix('use_').replace('_', '-')}"
-    return Rule(name, (flag, key), broken, f"set {flag}=false or {key}=false", _explicit((key, True)), {flag: False})
+    return Rule(name, (flag, key), broken, repair, _explicit((key, True)), {flag: False})
 
 
 def _tile(key: str, config: KernelConfig) -> str | None:

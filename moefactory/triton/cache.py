@@ -7,7 +7,7 @@ The root is $MOEFACTORY_CACHE, else $XDG_CACHE_HOME/moefactory, else ~/.cache/mo
 environment is all that makes a timing stale: versions, the kernels' sources, the GPU. Both are repeated inside the file
 and compared, so a file that was renamed, copied or truncated is a miss. A file is written beside its place and moved
 there: a reader sees the old one or the new one, never a half, whoever is killed when, and there are no locks. Any
-defect is a miss and one warning, never an exception; where a folder cannot be written, results stay in memory.
+defect is a miss and one warning, never an exception; where the root cannot be written, results stay in memory.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ if TYPE_CHECKING:  # imported where needed: a process that only reads or writes 
 SCHEMA = 1  # raise it when the meaning of a field changes
 MAX_BYTES = 1 << 20  # a file of ours is below 4 KiB
 
+_MEMORY_ONLY = "results last as long as this process"
 _T = TypeVar("_T")
 _kept: dict[str, Any] = {}  # what this process stored, by file name and environment: found again without a disk
 _warned: set[str] = set()
@@ -114,7 +115,7 @@ def anything() -> bool:
         return False
     except OSError as error:
         problem = str(error)
-    _warn(str(base), f"{problem}; tuned kernel configs are not looked up")
+    _warn(str(base), f"{problem}; {_MEMORY_ONLY}")
     return False
 
 
@@ -130,7 +131,7 @@ def load(environment: Mapping[str, Any], key: Mapping[str, Any], read: Callable[
         if (name := canonical([environment, key])) in _kept:
             return read(_kept[name])
         return None if path is None else read(_checked(_parsed(path), environment, key))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # the second: `anything` has warned of it
         return None
     except Exception as error:  # whatever is wrong with a file, a training step goes on without it
         problem = f"{type(error).__name__}: {error}".splitlines()[0][:200]
@@ -167,17 +168,17 @@ def _checked(entry: Any, environment: Mapping[str, Any], key: Mapping[str, Any])
 
 
 def store(environment: Mapping[str, Any], key: Mapping[str, Any], value: Mapping[str, Any]) -> bool:
-    """Keep a value: in memory, and on disk where that is possible (else False and one warning for the folder)."""
+    """Keep a value: in memory, and on disk where that is possible (else False and one warning)."""
     _kept[canonical([environment, key])] = json.loads(canonical(value))
     path = path_of(environment, key)
     if path is None:
-        _warn("no home", "no home directory and no MOEFACTORY_CACHE; results last as long as this process")
+        _warn("MOEFACTORY_CACHE", f"not set, and there is no home directory; {_MEMORY_ONLY}")
         return False
     text = json.dumps({"environment": environment, "key": key, "value": value}, indent=1, allow_nan=False)
     try:
         _replace(path, text.encode())
     except OSError as error:
-        _warn(str(path.parent), f"cannot be written ({error}); results last as long as this process")
+        _warn(str(root()), f"cannot be written ({error}); {_MEMORY_ONLY}")
         return False
     return True
 

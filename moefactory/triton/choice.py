@@ -136,7 +136,7 @@ def _gpu_tiles(launch: Launch, capability: int) -> dict[str, Any]:
             **_tma_loads(launch, capability),
         }
     tiles = _hopper_dW(launch) if launch.pass_name == "bwd_dW" else _hopper_rows(launch)
-    return {**tiles, **_tma_loads(launch, capability)}
+    return {**_tma_loads(launch, capability), **tiles}
 
 
 def _tma_loads(launch: Launch, capability: int) -> dict[str, Any]:
@@ -161,6 +161,7 @@ def _hopper_dW(launch: Launch) -> dict[str, Any]:
     """dW: with a few reduction steps a tile the store shows, and two programs a multiprocessor hide it."""
     if launch.gemm == "down":
         return {"block_m": 64, "block_n": 128, "block_k": 128, "num_warps": 4, "num_stages": 3, "flatten": True}
-    if launch.rows_per_expert > 256 and launch.options.permute_x:
-        return {"block_m": 64, "block_n": 256, "block_k": 128, "num_warps": 8, "num_stages": 3}
-    return {"block_m": 32, "block_n": 128, "block_k": 128, "num_warps": 4, "num_stages": 5}
+    copied = (
+        {"gather_first": True, "use_tma_load_x": launch.may_use("use_tma_load_w")} if launch.options.permute_x else {}
+    )
+    return {"block_m": 32, "block_n": 128, "block_k": 128, "num_warps": 4, "num_stages": 5, **copied}

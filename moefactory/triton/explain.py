@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from ..config import GEMMS, PASSES, DType
+from ..config import GEMMS, PASSES, DType, KernelConfig
 from .choice import Launch, bucket, choose
 
 if TYPE_CHECKING:
@@ -32,19 +32,20 @@ def explain(block: Qwen3MoeFusedGroupedGEMMBlock, num_tokens: int) -> str:
     for launch in launches(block, num_tokens):
         config, origin = choose(launch, block.gate.device)
         values = " ".join(f"{k}={v}" for k, v in asdict(config).items() if v is not False)
-        lines.append(f"{launch.pass_name} {launch.gemm}: {_fused(launch)}; {values} ({origin})")
+        lines.append(f"{launch.pass_name} {launch.gemm}: {_fused(launch, config)}; {values} ({origin})")
     return "\n".join(lines)
 
 
-def _fused(launch: Launch) -> str:
+def _fused(launch: Launch, config: KernelConfig) -> str:
     """What happens inside the GEMM besides the product."""
     o = launch.options
+    how = "from a gathered copy of" if getattr(config, "gather_first", False) else "gathers"
     parts = {
         ("fwd", "up"): [o.permute_x and "gathers x", o.fuse_swiglu and "SwiGLU in the epilogue"],
         ("fwd", "down"): [o.permute_y and "scatters y to token order"],
         ("bwd_dX", "up"): [o.permute_x and "scatters dx to token order"],
         ("bwd_dX", "down"): [o.permute_y and "gathers dy", o.fuse_swiglu and "dSwiGLU in the epilogue"],
-        ("bwd_dW", "up"): [o.permute_x and "gathers x"],
-        ("bwd_dW", "down"): [o.permute_y and "gathers dy"],
+        ("bwd_dW", "up"): [o.permute_x and f"{how} x"],
+        ("bwd_dW", "down"): [o.permute_y and f"{how} dy"],
     }[launch.pass_name, launch.gemm]
     return ", ".join(p for p in parts if p) or "the product alone"

@@ -206,6 +206,10 @@ def forward_gemm(
 
 
 def kernel_arguments(config: Any) -> dict[str, Any]:
-    """A kernel config as launch arguments: constexprs in capitals, num_warps and num_stages as Triton names them."""
-    names = {name: name if name.startswith("num_") else name.upper() for name in config.__dataclass_fields__}
+    """A kernel config as launch arguments: constexprs in capitals, num_warps and num_stages as Triton names them.
+
+    ``gather_first`` is not the kernel's: it decides what the kernel is given.
+    """
+    fields = [name for name in config.__dataclass_fields__ if name != "gather_first"]
+    names = {name: name if name.startswith("num_") else name.upper() for name in fields}
     return {argument: getattr(config, name) for name, argument in names.items()}

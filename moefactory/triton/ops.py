@@ -108,7 +108,7 @@ def experts_backward(
     need_dh = need_x or need_s or need_up
     with on_device(x.device):
         dh, ds, d_down = pipeline.d_down(dout, h, routing_weights, need_dh=need_dh, need_dw=need_down)
-        dx = pipeline.dx_up(dh) if need_x and dh is not None else None
+        dx = pipeline.dx_up(dh) if need_x and dh is not None else None  # before dW: their buffers take turns
         d_up = pipeline.dw_up(dh, x) if need_up and dh is not None else None
     ds = ds.to(routing_weights.dtype).view(routing_weights.shape) if need_s and ds is not None else None
     return (

@@ -19,6 +19,7 @@ from .backward_dX import dX_gemm, dX_gemm_dswiglu
 from .choice import Launch, bucket, choose
 from .combine import combine_rows
 from .forward import Rows, forward_gemm
+from .gather import gather_rows
 from .options import FusedOptions
 from .schedule import TileTable, tile_table
 
@@ -64,7 +65,7 @@ class Pipeline:
 
     def _take(self, rows: Tensor, divisor: int) -> Tensor:
         """A copy of `rows` in expert order: row gather // divisor."""
-        return rows.index_select(0, self.gather // divisor if divisor > 1 else self.gather)
+        return gather_rows(rows, self.gather, divisor)
 
     def up(self, x: Tensor, *, save_h: bool) -> tuple[Tensor, Tensor]:
         """(A [T*K,I], H [T*K,2I], or an empty tensor where H is neither needed nor made)."""
@@ -90,7 +91,7 @@ class Pipeline:
         options = self.options
         if options.fuse_combine:
             return combine_rows(y, self.scatter, routing_weights, options.top_k, token_order=options.permute_y)
-        return y.clone() if options.permute_y else y.index_select(0, self.scatter)
+        return y.clone() if options.permute_y else gather_rows(y, self.scatter, 1)
 
     def d_down(
         self, dout: Tensor, h: Tensor, routing_weights: Tensor, *, need_dh: bool, need_dw: bool
@@ -108,6 +109,8 @@ class Pipeline:
         if need_dw:
             config = self._config("bwd_dW", "down")
             rows = self._rows_of_dW()
+            if config.gather_first and dy_divisor:  # type: ignore[union-attr]
+                dy, dy_divisor = self._take(dy, dy_divisor), 0
             dw = dW_gemm(dy, scaled_a, rows, self.offsets.shape[0] - 2, config, dy_divisor=dy_divisor)  # type: ignore[arg-type]
         return dh, ds, dw
 
@@ -130,7 +133,8 @@ class Pipeline:
     def dw_up(self, dh: Tensor, x: Tensor) -> Tensor:
         """dgate_up_proj [E,2I,H]."""
         config, options = self._config("bwd_dW", "up"), self.options
-        rows, divisor = (x, options.top_k) if options.permute_x else (self._take(x, options.top_k), 0)
+        indexed = options.permute_x and not config.gather_first  # type: ignore[union-attr]
+        rows, divisor = (x, options.top_k) if indexed else (self._take(x, options.top_k), 0)
         experts = self.offsets.shape[0] - 2
         return dW_gemm(dh, rows, self._rows_of_dW(), experts, config, x_divisor=divisor)  # type: ignore[arg-type]
 

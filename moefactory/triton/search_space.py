@@ -1,8 +1,9 @@
 """Which kernel configs a search tries for a launch: the shipped choice and its nearest legal neighbours.
 
 Each field has a short ordered list of values (an axis). The distance of two configs is the number of steps between
-them, summed over the axes. The list begins with the shipped choice and goes outward; what `moefactory.rules` refuses,
-what exceeds this GPU's shared memory and what cannot stay in registers is left out.
+them, summed over the axes; a TMA flag counts double, since off rarely pays. The list begins with the shipped choice and
+goes outward, larger tiles first. What `moefactory.rules` refuses, what exceeds this GPU's shared memory and what cannot
+stay in registers is left out.
 """
 
 from __future__ import annotations
@@ -33,12 +34,14 @@ def _neighbours(launch: Launch, capability: int, center: KernelConfig) -> Iterat
     """Every possible config on the axes but the center, nearest first."""
     axes = _interpreter_axes(center) if capability == 0 else _gpu_axes(launch, capability, center)
     home = [values.index(getattr(center, name)) for name, values in axes.items()]
+    step = [2 if name.startswith("use_tma") else 1 for name in axes]
 
-    def distance(spot: tuple[int, ...]) -> int:
-        return sum(abs(here - there) for here, there in zip(spot, home, strict=True))
+    def order(spot: tuple[int, ...]) -> tuple[int, ...]:
+        distance = sum(s * abs(here - there) for s, here, there in zip(step, spot, home, strict=True))
+        return distance, *(-place for place in spot)
 
     spots = product(*(range(len(values)) for values in axes.values()))
-    for spot in sorted(spots, key=lambda spot: (distance(spot), spot)):
+    for spot in sorted(spots, key=order):
         chosen = {name: values[place] for (name, values), place in zip(axes.items(), spot, strict=True)}
         config = replace(center, **chosen)
         if config != center and possible(launch, config, capability):
@@ -55,7 +58,7 @@ def _gpu_axes(launch: Launch, capability: int, center: KernelConfig) -> dict[str
     sides = {
         "fwd": (near, outer, inner),
         "bwd_dX": (near, inner, outer),
-        "bwd_dW": ([m for m in (16, 32, 64, 128) if m <= rows], outer, outer),
+        "bwd_dW": ([m for m in (16, 32, 64, 128) if rows // 4 <= m <= rows], outer, outer),
     }[launch.pass_name]
     axes: dict[str, list[Any]] = dict(zip(("block_m", "block_n", "block_k"), sides, strict=True))
     axes |= {"num_warps": [4, 8], "num_stages": [2, 3, 4, 5] if narrow else [1, 2, 3], "flatten": [False, True]}

@@ -245,12 +245,14 @@ def _finals(rows: list[TuneRow], timed: Problem, timer: Timer) -> list[TuneRow]:
 
 def _warn(rows: list[TuneRow]) -> None:
     """A wrong candidate, or a launch without a right one, is nobody's routine."""
-    name = _name(rows[0].launch)
-    if wrong := [row for row in rows if row.status == "wrong"]:
-        count = f"{len(wrong)} of {len(rows)} candidates computed a wrong result and are struck out"
-        warnings.warn(f"{name}: {count}, first {wrong[0].config}: {wrong[0].reason}", RuntimeWarning, stacklevel=5)
-    if not any(row.winner for row in rows):
-        text = f"{name}: every candidate is struck out, the shipped choice stays in use; its reason: {rows[0].reason}"
+    wrong = [row for row in rows if row.status == "wrong"]
+    none = not any(row.winner for row in rows)
+    if wrong or none:
+        first = (wrong or rows)[0]
+        what = "computed a wrong result" if wrong else "could not run"
+        count = f"{len(wrong or rows)} of {len(rows)} candidates {what} and are struck out"
+        rest = "; none is left, the shipped choice stays in use" if none else ""
+        text = f"{_name(first.launch)}: {count}, first {first.config}: {first.reason}{rest}"
         warnings.warn(text, RuntimeWarning, stacklevel=5)
 
 
