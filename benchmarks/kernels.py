@@ -6,6 +6,7 @@ bf16, unit-scale normal data, near-balanced random routing. "share" is cuBLAS ti
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -68,7 +69,8 @@ def measure(name: str, tokens: int) -> list[dict]:
 
 
 def versions() -> dict:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    commit = os.environ.get("MOEFACTORY_COMMIT") or git.stdout.strip()  # a copied tree knows no commit of its own
     gpu = torch.cuda.get_device_name()
     return {"torch": torch.__version__, "triton": triton.__version__, "gpu": gpu, "commit": commit or None}
 

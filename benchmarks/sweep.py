@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing as mp
+import sys
 import time
 
 import torch
@@ -69,6 +70,35 @@ LAUNCHES = {
 LAUNCHES = {name: (*rest, list(dict.fromkeys(configs))) for name, (*rest, configs) in LAUNCHES.items()}
 
 
+def small_configs(kind, names):
+    """Tiles for few rows per expert, where weights are read once and the product hides behind them."""
+    for m in (16, 32, 64):
+        for wide, deep, w, s in ((64, 128, 4, 4), (128, 64, 4, 4), (128, 128, 4, 3), (256, 64, 4, 4), (64, 64, 4, 6)):
+            n, k = (wide, deep) if kind is KernelConfigForward else (deep, wide)
+            yield kind(m, n, k, w, s, **names)
+
+
+def small_dW(names):
+    for m in (16, 32, 64):
+        for n, k, w, s in ((128, 128, 4, 3), (128, 256, 8, 3), (256, 128, 8, 3), (128, 64, 4, 3), (64, 256, 4, 2)):
+            for store in (False, True):
+                yield KernelConfigBackward_dW(m, n, k, w, s, use_tma_store=store, **names)
+
+
+W, X, DY = {"use_tma_load_w": True}, {"use_tma_load_x": True}, {"use_tma_load_dy": True}
+SMALL = {
+    "up": ("fwd", "up", True, True, small_configs(KernelConfigForward, W)),
+    "up pointers": ("fwd", "up", True, True, small_configs(KernelConfigForward, {})),
+    "down scatter": ("fwd", "down", True, True, small_configs(KernelConfigForward, W | X)),
+    "dX down": ("bwd_dX", "down", True, True, small_configs(KernelConfigBackward_dX, W)),
+    "dX up scatter": ("bwd_dX", "up", True, True, small_configs(KernelConfigBackward_dX, W | DY)),
+    "dW down": ("bwd_dW", "down", True, True, small_dW(X)),
+    "dW up": ("bwd_dW", "up", True, True, small_dW(DY)),
+}
+if "--small" in sys.argv:
+    LAUNCHES = {name: (*rest, list(configs)) for name, (*rest, configs) in SMALL.items()}
+
+
 class Bench:
     """The tensors of one problem and a closure for each launch."""
 
@@ -123,6 +153,7 @@ def main() -> None:
     parser.add_argument("--models", default="qwen3_30b_a3b")
     parser.add_argument("--tokens", default="4096,16384")
     parser.add_argument("--launches", default=",".join(LAUNCHES))
+    parser.add_argument("--small", action="store_true", help="configs for few rows per expert")
     parser.add_argument("--processes", type=int, default=14)
     args = parser.parse_args()
     models, launches = args.models.split(","), args.launches.split(",")

@@ -121,22 +121,17 @@ def _interpreter_tiles(launch: Launch) -> dict[str, Any]:
 
 
 def _gpu_tiles(launch: Launch, capability: int) -> dict[str, Any]:
-    """Tiles for a GPU; the shares of cuBLAS behind Hopper's are in benchmarks/results/sweep.json."""
+    """Tiles for a GPU; the shares of cuBLAS behind Hopper's are in benchmarks/results/sweep_*.json."""
     rows = launch.rows_per_expert
     if launch.dtype.itemsize > 2:
         return {"block_m": 64 if rows > 32 else 16, "block_n": 64, "block_k": 32, "num_warps": 4, "num_stages": 2}
-    if capability < 90 or rows <= 64:
-        m = min(64, max(16, rows))
-        return {
-            "block_m": m,
-            "block_n": 128,
-            "block_k": 64,
-            "num_warps": 4,
-            "num_stages": 3,
-            **_tma_loads(launch, capability),
-        }
-    tiles = _hopper_dW(launch) if launch.pass_name == "bwd_dW" else _hopper_rows(launch)
-    return {**_tma_loads(launch, capability), **tiles}
+    if capability < 90:
+        tiles = {"block_m": min(64, max(16, rows)), "block_n": 128, "block_k": 64, "num_warps": 4, "num_stages": 3}
+    elif launch.pass_name == "bwd_dW":
+        tiles = _hopper_dW(launch)
+    else:
+        tiles = _hopper_few_rows(launch) if rows <= 64 else _hopper_rows(launch)
+    return {**tiles, **_tma_loads(launch, capability)}
 
 
 def _tma_loads(launch: Launch, capability: int) -> dict[str, Any]:
@@ -144,6 +139,17 @@ def _tma_loads(launch: Launch, capability: int) -> dict[str, Any]:
     loads = ("use_tma_load_x", "use_tma_load_w", "use_tma_load_dy")
     names = {"fwd": loads[:2], "bwd_dX": loads[1:], "bwd_dW": loads[::2]}[launch.pass_name]
     return {name: True for name in names if capability >= 90 and launch.may_use(name)}
+
+
+def _hopper_few_rows(launch: Launch) -> dict[str, Any]:
+    """Up to 64 rows an expert: weights are read once, and the product hides behind them."""
+    rows, up = launch.rows_per_expert, launch.gemm == "up"
+    if launch.pass_name == "bwd_dX":
+        m, k = (64 if up and rows == 64 else 32), (128 if rows == 1 and not up else 256)
+        return {"block_m": m, "block_n": 64, "block_k": k, "num_warps": 4, "num_stages": 4}
+    if rows == 64:
+        return {"block_m": 64, "block_n": 256 if up else 128, "block_k": 64, "num_warps": 4, "num_stages": 4}
+    return {"block_m": 32 if rows == 32 else 16, "block_n": 128, "block_k": 128, "num_warps": 4, "num_stages": 3}
 
 
 def _hopper_rows(launch: Launch) -> dict[str, Any]:
@@ -159,9 +165,13 @@ def _hopper_rows(launch: Launch) -> dict[str, Any]:
 
 def _hopper_dW(launch: Launch) -> dict[str, Any]:
     """dW: with a few reduction steps a tile the store shows, and two programs a multiprocessor hide it."""
+    rows = launch.rows_per_expert
+    if rows <= 16:
+        return {"block_m": 16, "block_n": 64, "block_k": 256, "num_warps": 4, "num_stages": 2}
+    if rows <= 64:
+        return {"block_m": 32, "block_n": 128, "block_k": 128, "num_warps": 4, "num_stages": 3}
     if launch.gemm == "down":
         return {"block_m": 64, "block_n": 128, "block_k": 128, "num_warps": 4, "num_stages": 3, "flatten": True}
-    copied = (
-        {"gather_first": True, "use_tma_load_x": launch.may_use("use_tma_load_w")} if launch.options.permute_x else {}
-    )
-    return {"block_m": 32, "block_n": 128, "block_k": 128, "num_warps": 4, "num_stages": 5, **copied}
+    if rows > 256 and launch.options.permute_x:
+        return {"block_m": 64, "block_n": 256, "block_k": 128, "num_warps": 8, "num_stages": 3}
+    return {"block_m": 32, "block_n": 128, "block_k": 128, "num_warps": 4, "num_stages": 5}
