@@ -6,9 +6,9 @@ a legal one: it must be refused, by the id of its first broken rule. The parts, 
     flags    every combination of backend, permute_x, permute_y, fuse_swiglu, fuse_combine, dW_only, dX_only, autotune,
              trace and explicit kernels (moe/kernels=small) or not: 1024 rows, nothing sampled, because rules tie these
              flags to each other and a kernel is compiled for each of them.
-    tma      for each of the six launches every combination of its three TMA flags with the flags that a rule ties to
-             them (permute_x, permute_y, fuse_swiglu): 112 rows. TMA flags of two launches meet in no rule, so launches
-             are not multiplied.
+    tma      for each of the six launches every combination of its three TMA flags with the switches that a rule ties
+             to them (permute_x, permute_y, fuse_swiglu, gather_first). TMA flags of two launches meet in no rule, so
+             launches are not multiplied.
     tiles    for each kernel node (both GEMMs, up, down; of each pass) one row that states every tile field.
     options  every option of every config group, every source, seed and device, on each backend.
     pairs    backend torch: every feasible pair of flags, dtype, sizes, activation and number of tokens.
@@ -145,13 +145,14 @@ def _parts(strength: int) -> Iterator[tuple[str, Overrides]]:
 
 
 def _tma_rows() -> Iterator[Overrides]:
-    """The six launches, each with its three TMA flags and the flags that a rule ties to one of them."""
+    """The six launches, each with its three TMA flags and the switches that a rule ties to one of them."""
     base = ("moe/backend=triton", "moe.autotune=false")
     for pass_name, gemm in product(PASSES, GEMMS):
-        keys = [f"kernels.{pass_name}.{gemm}.{name}" for name in _tma_flags(pass_name)]
-        tied = {key for rule in RULES if set(keys) & set(rule.keys) for key in rule.keys} & set(_FLAGS)
+        tma = [f"kernels.{pass_name}.{gemm}.{name}" for name in _tma_flags(pass_name)]
+        tied = {key for rule in RULES if set(tma) & set(rule.keys) for key in rule.keys} - set(tma)
         settings = [_flag(name, False, True) for name in _FLAGS if name in tied]
-        settings += [_choose(f"moe.{key}", False, True) for key in keys]
+        kernel = sorted(key for key in tied if key.startswith(f"kernels.{pass_name}.{gemm}."))
+        settings += [_choose(f"moe.{key}", False, True) for key in (*kernel, *tma)]
         yield from ((*base, *sum(c, ())) for c in product(*settings))
 
 

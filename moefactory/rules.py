@@ -103,11 +103,13 @@ def _permute_tma(flag: str, gemm: str, pass_name: str, tma: str) -> Rule:
         clash = indexed and config is not None and getattr(config, tma)
         return f"{flag}=true reaches this operand through an index, and {key}=true moves it by TMA" if clash else None
 
+    keys: tuple[str, ...] = (flag, key)
     repair = f"set {flag}=false or {key}=false"
     if pass_name == "bwd_dW":
-        repair += f", or kernels.{pass_name}.{gemm}.gather_first=true"
+        keys += (f"kernels.{pass_name}.{gemm}.gather_first",)
+        repair += f", or {keys[-1]}=true"
     name = f"{flag}-{pass_name}-{tma.removeprefix('use_').replace('_', '-')}"
-    return Rule(name, (flag, key), broken, repair, _explicit((key, True)), {flag: False})
+    return Rule(name, keys, broken, repair, _explicit((key, True)), {flag: False})
 
 
 def _tile(key: str, config: KernelConfig) -> str | None:

@@ -145,9 +145,9 @@ def _product(rows: Tensor, weight: Tensor, plan: RoutingPlan, *, transposed: boo
     return out
 
 
-def _outer(left: Tensor, right: Tensor, plan: RoutingPlan) -> Tensor:
-    """Each expert's left^T right."""
-    return torch.stack([left[here].T @ right[here] for here in _slices(plan)])
+def _outer(left: Tensor, right: Tensor, plan: RoutingPlan, dtype: torch.dtype) -> Tensor:
+    """Each expert's left^T right, rounded to `dtype` expert by expert: in float64 it is large."""
+    return torch.stack([(left[here].T @ right[here]).to(dtype) for here in _slices(plan)])
 
 
 def _slices(plan: RoutingPlan) -> list[slice]:
@@ -171,11 +171,11 @@ def truth(problem: Problem) -> dict[str, Tensor]:
         rows = _product(t["dh"], weight, plan, transposed=False).to(dtype).double()[plan.scatter_indices]
         return {"dx": rows.view(plan.num_tokens, plan.top_k, -1).sum(1).to(dtype)}
     if launch.gemm == "up":
-        return {"dw": _outer(t["dh"], t["x"][token], plan).to(dtype)}
+        return {"dw": _outer(t["dh"], t["x"][token], plan, dtype)}
     dy = t["dout"][token if o.fuse_combine else plan.gather_indices]
     s = t["s"].view(-1, 1)[plan.gather_indices] if o.fuse_combine else torch.ones_like(dy[:, :1])
     _, _, a = _activation(t["h"])
-    found = {"dw": _outer(dy, (a * s).to(dtype).double(), plan).to(dtype)}
+    found = {"dw": _outer(dy, (a * s).to(dtype).double(), plan, dtype)}
     return found if launch.pass_name == "bwd_dW" else {**found, **_d_activation(problem, dy, s, t["h"])}
 
 

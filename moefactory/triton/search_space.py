@@ -1,9 +1,9 @@
 """Which kernel configs a search tries for a launch: the shipped choice and its nearest legal neighbours.
 
 Each field has a short ordered list of values (an axis). The distance of two configs is the number of steps between
-them, summed over the axes; a TMA flag counts double, since off rarely pays. The list begins with the shipped choice and
-goes outward, larger tiles first. What `moefactory.rules` refuses, what exceeds this GPU's shared memory and what cannot
-stay in registers is left out.
+them, summed over the axes; weights without TMA are two, since that rarely pays. The list begins with the shipped choice
+and goes outward, larger tiles first. What `moefactory.rules` refuses, what exceeds this GPU's shared memory and what
+cannot stay in registers is left out.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _neighbours(launch: Launch, capability: int, center: KernelConfig) -> Iterat
     """Every possible config on the axes but the center, nearest first."""
     axes = _interpreter_axes(center) if capability == 0 else _gpu_axes(launch, capability, center)
     home = [values.index(getattr(center, name)) for name, values in axes.items()]
-    step = [2 if name.startswith("use_tma") else 1 for name in axes]
+    step = [2 if name == "use_tma_load_w" else 1 for name in axes]
 
     def order(spot: tuple[int, ...]) -> tuple[int, ...]:
         distance = sum(s * abs(here - there) for s, here, there in zip(step, spot, home, strict=True))
@@ -62,8 +62,12 @@ def _gpu_axes(launch: Launch, capability: int, center: KernelConfig) -> dict[str
     }[launch.pass_name]
     axes: dict[str, list[Any]] = dict(zip(("block_m", "block_n", "block_k"), sides, strict=True))
     axes |= {"num_warps": [4, 8], "num_stages": [2, 3, 4, 5] if narrow else [1, 2, 3], "flatten": [False, True]}
+    indexed = launch.options.permute_x if launch.gemm == "up" else launch.options.permute_y
+    copied = launch.pass_name == "bwd_dW" and indexed  # a gathered copy is one more way, and TMA may move that
+    axes |= {"gather_first": [False, True]} if copied else {}
     loads = [f.name for f in fields(center) if f.name.startswith("use_tma_load")]  # stores keep the shipped value
-    axes |= {name: [False, True] for name in loads if capability >= TMA_CAPABILITY and launch.may_use(name)}
+    usable = [name for name in loads if launch.may_use(name) or (copied and launch.may_use("use_tma_load_w"))]
+    axes |= {name: [False, True] for name in usable if capability >= TMA_CAPABILITY}
     known = {f.name for f in fields(center)}
     return {name: sorted({*values, getattr(center, name)}) for name, values in axes.items() if name in known}
 

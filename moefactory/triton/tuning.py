@@ -116,6 +116,8 @@ def tune(
 ) -> TuneReport:
     """Search the kernel configs of a step with `num_tokens` tokens and keep them in the cache.
 
+    With several processes, let one tune and the others start after it: then all read the same configs.
+
     Args:
         block: its weights are read, never written; under autocast its launches have autocast's dtype.
         num_tokens: T. The results hold for every T of the same power-of-two bucket of rows per expert.
@@ -272,7 +274,7 @@ def _default_timer(device: torch.device) -> Timer:
 
 
 def _gpu_milliseconds(run: Run) -> float:
-    """The median over a cold L2, from a CUDA graph where one can be captured: the host is slower than a small kernel."""
+    """The median over a cold L2, from a CUDA graph where one can be captured: the host outlasts a small kernel."""
     from triton.testing import do_bench
 
     run()
