@@ -4,7 +4,9 @@
 """
 
 import os
+import shutil
 import sys
+import tempfile
 
 GPU = os.environ.get("MOEFACTORY_TEST_GPU", "") == "1"
 if "triton" in sys.modules:
@@ -14,10 +16,18 @@ if GPU:
 else:
     os.environ["TRITON_INTERPRET"] = "1"
 
+# tuned kernel configs of this machine's user must not decide which kernels the tests run
+os.environ["MOEFACTORY_CACHE"] = tempfile.mkdtemp(prefix="moefactory-tests-")
+
 from collections.abc import Iterator  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+
+def pytest_unconfigure() -> None:
+    """Leave nothing behind."""
+    shutil.rmtree(os.environ["MOEFACTORY_CACHE"], ignore_errors=True)
 
 
 def pytest_configure(config: pytest.Config) -> None:
