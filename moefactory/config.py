@@ -100,8 +100,8 @@ class WeightsConfig:
 
 
 @dataclass(frozen=True)
-class KernelConfigForward:
-    """Tiles of a forward grouped GEMM, y[M, N] = x[M, K] * weight[e][N, K]^T.
+class KernelTiles:
+    """What every kernel config states. The block sizes mean the same in all of them.
 
     block_m counts rows, block_n output features, block_k input features, in elements. ``flatten`` makes one loop of a
     program's tiles, so that the loads of the next start under the last steps of this one. ``use_tma_*`` moves that
@@ -114,40 +114,34 @@ class KernelConfigForward:
     num_warps: int = 4
     num_stages: int = 3
     flatten: bool = False
+
+
+@dataclass(frozen=True)
+class KernelConfigForward(KernelTiles):
+    """Tiles of a forward grouped GEMM, y[M, N] = x[M, K] * weight[e][N, K]^T."""
+
     use_tma_load_x: bool = False
     use_tma_load_w: bool = False
     use_tma_store: bool = False
 
 
 @dataclass(frozen=True)
-class KernelConfigBackward_dX:
-    """Tiles of dX[M, K] = dy[M, N] * weight[e][N, K]; the block sizes mean what they mean in the forward."""
+class KernelConfigBackward_dX(KernelTiles):
+    """Tiles of dX[M, K] = dy[M, N] * weight[e][N, K]."""
 
-    block_m: int = 64
-    block_n: int = 64
-    block_k: int = 64
-    num_warps: int = 4
-    num_stages: int = 3
-    flatten: bool = False
     use_tma_load_dy: bool = False
     use_tma_load_w: bool = False
     use_tma_store: bool = False
 
 
 @dataclass(frozen=True)
-class KernelConfigBackward_dW:
+class KernelConfigBackward_dW(KernelTiles):
     """Tiles of dW[e][N, K] = dy[M_e, N]^T * x[M_e, K]; block_m is the step of the sum over an expert's rows.
 
     ``gather_first`` copies the operand that permute_x (up GEMM) or permute_y (down GEMM) reaches through the index into
     expert order before the product, which then reads whole tiles, by TMA if asked: more memory, often less time.
     """
 
-    block_m: int = 64
-    block_n: int = 64
-    block_k: int = 64
-    num_warps: int = 4
-    num_stages: int = 3
-    flatten: bool = False
     gather_first: bool = False
     use_tma_load_dy: bool = False
     use_tma_load_x: bool = False
