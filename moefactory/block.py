@@ -267,11 +267,8 @@ class Qwen3MoeFusedGroupedGEMMBlock(Qwen3MoeGroupedGEMMBlock):
         self._bind()
 
     def _bind(self) -> None:
-        """Bind the fused function; importing triton only now leaves the torch backend free of it."""
-        from .triton.ops import compute_experts as fused_experts
+        """Settle the options that travel with each call; importing triton only now leaves torch blocks free of it."""
         from .triton.options import FusedOptions
-        from .triton.plan import make_plan as fused_plan
-        from .triton.router import top_k_softmax
 
         config = self.moe_config
         choice = resolve_kernels(config.kernels)
@@ -281,7 +278,6 @@ class Qwen3MoeFusedGroupedGEMMBlock(Qwen3MoeGroupedGEMMBlock):
             fuse_swiglu=config.fuse_swiglu, fuse_combine=config.fuse_combine, autotune=config.autotune,
             kernels=tuple((p, g, c) for p, g, c in stated if c is not None),
         )  # fmt: skip
-        self._fused_experts, self._fused_plan, self._top_k_softmax = fused_experts, fused_plan, top_k_softmax
 
     def _check_placement(self) -> None:
         """ConfigError where the weights' device cannot run these kernels. A meta device is judged when it is left."""
@@ -300,7 +296,9 @@ class Qwen3MoeFusedGroupedGEMMBlock(Qwen3MoeGroupedGEMMBlock):
     def _experts(
         self, x: Tensor, routing_weights: Tensor, plan: RoutingPlan, gate_up_proj: Tensor, down_proj: Tensor
     ) -> tuple[Tensor, ExpertSteps | None]:
-        experts, fused = self._fused_experts, self.fused
+        from .triton.ops import compute_experts as experts  # not an attribute: operators cannot be pickled
+
+        fused = self.fused
         out, traced = experts(x, routing_weights, plan, gate_up_proj, down_proj, fused, trace=self.trace)
         if traced is None:
             return out, None
@@ -310,11 +308,15 @@ class Qwen3MoeFusedGroupedGEMMBlock(Qwen3MoeGroupedGEMMBlock):
         return out, ExpertSteps(h, a, expert_order, unpermuted)
 
     def _route(self, x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        from .triton.router import top_k_softmax
+
         logits = F.linear(x, gate)
-        return logits, *self._top_k_softmax(logits, self.model.top_k, self.model.norm_topk_prob)
+        return logits, *top_k_softmax(logits, self.model.top_k, self.model.norm_topk_prob)
 
     def _plan(self, selected_experts: Tensor) -> RoutingPlan:
-        return self._fused_plan(selected_experts, self.model.num_experts)
+        from .triton.plan import make_plan as fused_plan
+
+        return fused_plan(selected_experts, self.model.num_experts)
 
     def _check_activation(self) -> None:
         """The rule triton-activation speaks for itself."""
