@@ -91,6 +91,13 @@ def route(
     return logits, weights.to(logits.dtype), selected_experts
 
 
+def check_selected(selected_experts: Tensor) -> None:
+    """ValueError unless `selected_experts` is a matrix of integers."""
+    if selected_experts.ndim != 2 or selected_experts.dtype.is_floating_point or selected_experts.dtype == torch.bool:
+        got = f"{tuple(selected_experts.shape)} {selected_experts.dtype}"
+        raise ValueError(f"selected_experts: got {got}; needed: integers of shape [T, K]")
+
+
 def make_plan(selected_experts: Tensor, num_experts: int) -> RoutingPlan:
     """Sort the slots by expert: stable, no atomics, no host synchronisation.
 
@@ -101,9 +108,7 @@ def make_plan(selected_experts: Tensor, num_experts: int) -> RoutingPlan:
     Raises:
         ValueError: `selected_experts` is not a matrix of integers.
     """
-    if selected_experts.ndim != 2 or selected_experts.dtype.is_floating_point or selected_experts.dtype == torch.bool:
-        got = f"{tuple(selected_experts.shape)} {selected_experts.dtype}"
-        raise ValueError(f"selected_experts: got {got}; needed: integers of shape [T, K]")
+    check_selected(selected_experts)
     experts = selected_experts.reshape(-1).long()
     kept = (experts >= 0) & (experts < num_experts)
     keys = torch.where(kept, experts, num_experts)

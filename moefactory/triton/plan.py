@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..routing import RoutingPlan
+from ..routing import RoutingPlan, check_selected
 from .launch import launch, on_device
 from .library import define
 
@@ -132,5 +132,6 @@ def plan_tensors(selected: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Te
 
 def make_plan(selected_experts: Tensor, num_experts: int) -> RoutingPlan:
     """The same plan as `moefactory.routing.make_plan`, by kernels."""
+    check_selected(selected_experts)
     counts, offsets, gather, scatter = plan_tensors(selected_experts, num_experts)
     return RoutingPlan(counts[:num_experts], gather, scatter, selected_experts.shape[1], offsets)
