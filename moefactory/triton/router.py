@@ -2,7 +2,7 @@
 
 forward    w[t,k] = p[t, id[t,k]]  (/ S[t] = sum over k)                     float32, cast to the logits' dtype
 backward   dp[id_k] = (dw[k] - sum_j dw[j] w[j]) / S  (norm_topk_prob), else dw[k]; 0 elsewhere
-           dlogits[e] = p[e] * (dp[e] - sum_i dp[i] p[i])
+           dlogits[e] = p[e] * (dp[e] - sum_i dp[i] p[i]), whose sum is 0 with norm_topk_prob
 
 argument           shape    order
 logits, dlogits    [T, E]   token order
@@ -103,11 +103,12 @@ def _route_backward(
         here = offs_e[None, :] == expert[:, None]
         chosen += tl.where(here, 1.0, 0.0)
         dw += tl.where(here, tl.load(dweights_ptr + slot, mask=row_mask, other=0.0).to(ACC)[:, None], 0.0)
-    dp = dw
     if NORM:
         total = tl.sum(p * chosen, axis=1)[:, None]
-        dp = chosen * (dw - tl.sum(dw * p, axis=1)[:, None] / total) / total
-    dlogits = p * (dp - tl.sum(dp * p, axis=1)[:, None])
+        # sum_i dp[i] p[i] is zero here by algebra; left out, an expert that is not selected gets no rounding noise
+        dlogits = p * chosen * (dw - tl.sum(dw * p, axis=1)[:, None] / total) / total
+    else:
+        dlogits = p * (dw - tl.sum(dw * p, axis=1)[:, None])
     out = dlogits_ptr + offs_t.to(tl.int64)[:, None] * E + offs_e[None, :]
     tl.store(out, dlogits.to(dlogits_ptr.dtype.element_ty), mask=mask)
 
