@@ -1,0 +1,211 @@
+"""From the words of a command line to a checked configuration: Hydra composes, every refusal is one line.
+
+Hydra is used to compose and for nothing else: no output folder, no logging, no instantiate. An override may not bring a
+resolver (``${oc.env:...}``): what it resolves to would end up in an error message or a report.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from .config import ConfigError, MoeConfig, from_mapping, nearest
+from .refusals import diagnose, one_line, prefixed, unknown_key
+
+_RESOLVER = re.compile(r"\$\{.*:", re.DOTALL)
+_NODE_KEYS = {"_target_": "moefactory.factory.from_nodes", "_recursive_": False}  # of the schema, for instantiate
+MAX_TOKENS = 2**20
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a command line asks for.
+
+    Attributes:
+        options: the verb's own settings, such as tokens and format.
+        config: of the block; None for a verb that needs none.
+    """
+
+    options: dict[str, Any]
+    config: MoeConfig | None
+
+
+@dataclass(frozen=True)
+class Option:
+    """One of a verb's own settings: its type and what is allowed, in words."""
+
+    kind: type
+    allowed: str
+    choices: tuple[str, ...] = ()
+    least: int = 0
+    most: int = 2**31
+    optional: bool = False
+
+    def fits(self, value: Any) -> bool:
+        """Whether a value is allowed."""
+        if value is None:
+            return self.optional
+        if type(value) is not self.kind:  # a bool is an int to isinstance
+            return False
+        if isinstance(value, int):
+            return self.least <= value <= self.most
+        return not self.choices or value in self.choices
+
+
+_TABLE_JSON = Option(str, "table, json", ("table", "json"))
+_TOKENS = Option(int, f"an integer from 1 to {MAX_TOKENS}", least=1, most=MAX_TOKENS)
+OPTIONS: dict[str, dict[str, Option]] = {
+    "show": {"tokens": _TOKENS, "format": _TABLE_JSON},
+    "build": {"tokens": _TOKENS, "format": _TABLE_JSON},
+    "check": {
+        "tokens": _TOKENS,
+        "seed": Option(int, "an integer of 0 or more"),
+        "cache": Option(str, "a folder, or null", optional=True),
+        "format": _TABLE_JSON,
+    },
+    "matrix": {"format": Option(str, "table, json, csv, github", ("table", "json", "csv", "github"))},
+    "doctor": {"format": _TABLE_JSON},
+}
+WITHOUT_BLOCK = ("matrix", "doctor")
+
+
+def compose(verb: str, overrides: Sequence[str]) -> Request:
+    """Compose the primary config of a verb with the overrides, and check all of it.
+
+    Raises:
+        ConfigError: anything that cannot be: one line with the key, what came, what is allowed, the nearest name.
+    """
+    parsed = [_parse(text) for text in overrides]
+    with _hydra() as loader:
+        from hydra import compose as hydra_compose
+
+        try:
+            nodes = _plain(hydra_compose(f"moefactory_{verb}", overrides=list(overrides)))
+        except Exception as error:
+            # Hydra's own words are for an application that runs under hydra.main: they advise +key for a typo.
+            own_files = any(p.key_or_group == "hydra.searchpath" for p in parsed)
+            for override in parsed:
+                _diagnose(verb, override, loader, own_files)
+            raise ConfigError(one_line(error)) from error
+    _check_root(verb, nodes)
+    options = {name: _checked(name, option, nodes.get(name)) for name, option in OPTIONS[verb].items()}
+    return Request(options, None if verb in WITHOUT_BLOCK else _moe_config(nodes))
+
+
+@contextmanager
+def _hydra() -> Iterator[Any]:
+    """Hydra's config loader, ready to compose from our presets; an application's own Hydra is put aside meanwhile."""
+    import hydra
+    from hydra.core.config_store import ConfigStore
+    from hydra.core.global_hydra import GlobalHydra
+
+    from .schema import register
+
+    former, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None
+    before_1_4 = tuple(int(n) for n in hydra.__version__.split(".")[:2]) < (1, 4)
+    try:
+        with hydra.initialize_config_module("moefactory.conf", **({"version_base": "1.3"} if before_1_4 else {})):
+            if "moefactory" not in ConfigStore.instance().repo:  # our plugin was not found: an editable install, say
+                register()
+            yield GlobalHydra.instance().config_loader()
+    finally:
+        GlobalHydra.instance().hydra = former  # by now another instance: Hydra restores a copy
+
+
+def _parse(text: str) -> Any:
+    """One override as Hydra reads it. ConfigError for what a command line of ours does not take."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    key = text.split("=", 1)[0].lstrip("+~")
+    if text.startswith("-"):
+        raise ConfigError(f"{key}: no such flag; allowed: --help; settings are written key=value")
+    if _RESOLVER.search(text):
+        raise ConfigError(f"{key}: resolvers such as ${{oc.env:NAME}} are not accepted; write the value itself")
+    try:
+        override = OverridesParser.create().parse_overrides([text])[0]
+    except HydraException as error:
+        reasons = [
+            line for line in str(error).splitlines() if not line.startswith(("Error parsing", "Error when", "See "))
+        ]
+        came = f"{text!r} is no override: {' '.join(reasons[:1])}"
+        raise ConfigError(f"{came}; allowed: key=value or group=option") from None
+    key = override.key_or_group
+    if key.split(".")[0].split("/")[0] == "hydra" and key != "hydra.searchpath":
+        raise ConfigError(f"{key}: Hydra's own settings do nothing here; allowed: hydra.searchpath")
+    if override.is_sweep_override():
+        raise ConfigError(f"{key}: got several values; allowed: one (moefactory runs one configuration at a time)")
+    return override
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    """The composed config as plain containers, interpolations resolved, resolvers refused."""
+    from omegaconf import OmegaConf
+
+    for path, value in _leaves(OmegaConf.to_container(config, resolve=False), ""):
+        if isinstance(value, str) and _RESOLVER.search(value):
+            raise ConfigError(f"{path}: resolvers such as ${{oc.env:NAME}} are not accepted; write the value itself")
+    plain = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+def _leaves(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, value in items:
+        yield f"{prefix}{key}", value
+        yield from _leaves(value, f"{prefix}{key}.")
+
+
+def _root_keys(verb: str) -> list[str]:
+    return [*([] if verb in WITHOUT_BLOCK else ["moe"]), *OPTIONS[verb]]
+
+
+def _check_root(verb: str, nodes: dict[str, Any]) -> None:
+    allowed = _root_keys(verb)
+    for key in nodes:
+        if key not in allowed:
+            raise unknown_key(key, allowed)
+    if "moe" in allowed and not isinstance(nodes.get("moe"), dict):
+        raise ConfigError(f"moe: got {nodes.get('moe')!r}; allowed: a preset such as moe=qwen3")
+
+
+def _checked(name: str, option: Option, value: Any) -> Any:
+    if not option.fits(value):
+        hint = nearest(str(value), list(option.choices)) if option.choices else ""
+        raise ConfigError(f"{name}: got {value!r}; allowed: {option.allowed}{hint}")
+    return value
+
+
+def _moe_config(nodes: dict[str, Any]) -> MoeConfig:
+    moe = dict(nodes["moe"])
+    for key, value in _NODE_KEYS.items():
+        if moe.pop(key, value) != value:
+            raise ConfigError(f"moe.{key}: is fixed; choose backend and weights by name, such as moe/backend=triton")
+    try:
+        return from_mapping(moe)
+    except ConfigError as error:
+        raise ConfigError(prefixed(str(error))) from None
+
+
+def _diagnose(verb: str, override: Any, loader: Any, own_files: bool) -> None:
+    """Raise the ConfigError that says what is wrong with this override, if something is.
+
+    With `own_files` (hydra.searchpath) there may be groups and options that `loader` does not know of.
+    """
+    key = override.key_or_group
+    if key == "hydra.searchpath" or override.is_delete():
+        return
+    is_group = key == "moe" or "/" in key
+    if is_group and own_files:
+        return
+    head = key if is_group and verb in WITHOUT_BLOCK else key.split(".")[0].split("/")[0]
+    if head not in _root_keys(verb) or head not in {"moe", key}:
+        raise unknown_key(key, _root_keys(verb))
+    if head != "moe":
+        _checked(head, OPTIONS[verb][head], override.value())
+    else:
+        diagnose(key, override.value(), loader)
