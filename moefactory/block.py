@@ -24,6 +24,7 @@ from .config import (
     ConfigError,
     DType,
     KernelsConfig,
+    MachineError,
     ModelConfig,
     MoeConfig,
     ResolvedModel,
@@ -143,7 +144,9 @@ class Qwen3MoeGroupedGEMMBlock(nn.Module):
         x = hidden_states.reshape(-1, self.model.hidden_size)
         weights: list[Tensor] = [self.gate, self.gate_up_proj, self.down_proj]
         kind = hidden_states.device.type
-        if torch.is_autocast_enabled(kind):
+        # as torch's autocast does: float64 and integers are left alone
+        lowered = torch.is_autocast_enabled(kind) and torch.float64 not in {x.dtype, self.gate.dtype}
+        if lowered and x.is_floating_point():
             dtype = torch.get_autocast_dtype(kind)
             x, *weights = (t.to(dtype) for t in (x, *weights))
         elif hidden_states.dtype != self.gate.dtype:
@@ -199,8 +202,9 @@ class Qwen3MoeGroupedGEMMBlock(nn.Module):
             if own.shape != other.shape or own.dtype != other.dtype:
                 mine = f"{tuple(own.shape)} {own.dtype}"
                 raise WeightsError(f"{name}: this block has {mine}, the other {tuple(other.shape)} {other.dtype}")
-            if not torch.equal(own, other.to(own.device)):
-                count = int((own != other.to(own.device)).sum())
+            bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[own.element_size()]
+            differ = own.contiguous().view(bits) != other.to(own.device).contiguous().view(bits)
+            if count := int(differ.sum()):
                 raise WeightsError(f"{name}: {count} of {own.numel()} elements differ")
 
     def explain(self, num_tokens: int) -> str:
@@ -285,11 +289,12 @@ class Qwen3MoeFusedGroupedGEMMBlock(Qwen3MoeGroupedGEMMBlock):
             return
         placed = replace(self.moe_config, device=str(self.gate.device), dtype=_dtype_of(self.gate))
         if reason := why_not_here(placed):
-            raise ConfigError(f"this machine cannot run it: {reason}")
+            raise MachineError(reason)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        """Module.to, .cuda, .half, ...: what the new place cannot run is refused there."""
+        """Module.to, .cuda, .half, ...: what the new place or dtype cannot run is refused there."""
         super()._apply(fn, recurse)
+        check_rules(make_case(self.moe_config, self.model, _dtype_of(self.gate)))
         self._check_placement()
         return self
 

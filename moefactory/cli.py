@@ -15,7 +15,6 @@ from typing import Any
 
 OK, MISMATCH, BAD_CONFIG, FAILED = 0, 1, 2, 3
 VERBS = ("show", "build", "check", "matrix", "doctor")
-_NOT_HERE = "this machine cannot run it: "
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,7 +48,7 @@ def _nearest_verb(verb: str) -> str:
 def _run(verb: str, words: Sequence[str]) -> int:
     """Compose, do what the verb says, print; the exit code."""
     from .compose import compose
-    from .config import ConfigError, WeightsError
+    from .config import ConfigError, MachineError, WeightsError
     from .refusals import prefixed
 
     request = compose(verb, words)
@@ -58,6 +57,8 @@ def _run(verb: str, words: Sequence[str]) -> int:
         return _write(*action(request))
     except (ConfigError, WeightsError) as error:
         # The library speaks of model.top_k, which is moe.model.top_k here.
+        if isinstance(error, MachineError):
+            raise
         raise type(error)(prefixed(str(error))) from error
 
 
@@ -137,16 +138,12 @@ def _guarded(action: Callable[[], int]) -> int:
 
 def _verdict(error: Exception) -> tuple[str, int]:
     """(one line, exit code) for an exception."""
-    from .config import ConfigError, WeightsError
-    from .describe import MachineError
+    from .config import ConfigError, MachineError, WeightsError
     from .refusals import one_line
 
     if isinstance(error, ConfigError | WeightsError):
-        line = " ".join(str(error).split())
-        return line, FAILED if line.startswith(_NOT_HERE) else BAD_CONFIG
+        return " ".join(str(error).split()), FAILED if isinstance(error, MachineError) else BAD_CONFIG
     text = one_line(error)
-    if isinstance(error, MachineError):
-        return f"{_NOT_HERE}{text}", FAILED
     if isinstance(error, MemoryError) or "out of memory" in text.lower():
         return f"out of memory: {text}; choose smaller sizes, fewer tokens, or another moe.device", FAILED
     return f"{type(error).__name__}: {text} (HYDRA_FULL_ERROR=1 shows the traceback)", FAILED

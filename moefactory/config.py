@@ -25,6 +25,13 @@ class ConfigError(ValueError):
     """A configuration that cannot be: the message is one line with the key, what came and what is allowed."""
 
 
+class MachineError(ConfigError):
+    """A legal configuration that this machine cannot run: the message is one line with the reason."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"this machine cannot run it: {reason}")
+
+
 class WeightsError(ValueError):
     """Weights that cannot be used: the message is one line with the tensor or file and what is wrong with it."""
 

@@ -17,6 +17,7 @@ from .config import (
     BackendConfig,
     ConfigError,
     DType,
+    MachineError,
     ModelConfig,
     MoeConfig,
     ResolvedModel,
@@ -27,10 +28,6 @@ from .config import (
 from .rules import broken_rules, make_case
 
 PACKAGES = ("torch", "triton", "transformers", "hydra-core", "omegaconf", "safetensors", "numpy", "rich")
-
-
-class MachineError(RuntimeError):
-    """A legal configuration that this machine cannot run."""
 
 
 def describe_config(config: MoeConfig, tokens: int) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from .config import (
     Backend,
     ConfigError,
     DType,
+    MachineError,
     MoeConfig,
     WeightsConfig,
     WeightsSource,
@@ -45,7 +46,7 @@ def build(config: MoeConfig | Mapping[str, Any] | None = None, source: nn.Module
             cannot run.
         WeightsError: weights that cannot be used.
     """
-    config = config if isinstance(config, MoeConfig) else from_mapping(config or {})
+    config = from_mapping({} if config is None else config)
     config = _with_source(config, source)
     check_rules(make_case(config))
     weights = load_weights(config, source)
@@ -53,7 +54,7 @@ def build(config: MoeConfig | Mapping[str, Any] | None = None, source: nn.Module
     config = replace(config, dtype=dtype, device=str(weights.gate.device))
     check_rules(make_case(config, weights.model, dtype))
     if reason := why_not_here(config):
-        raise ConfigError(f"this machine cannot run it: {reason}")
+        raise MachineError(reason)
     block = make_block(config, weights)
     return block if source is None else block.train(source.training)
 
@@ -119,7 +120,7 @@ def _device(config: MoeConfig) -> str | None:
     if config.device is None:
         return None
     if reason := why_not_here(replace(config, backend=type(config.backend)())):
-        raise ConfigError(f"this machine cannot run it: {reason}")
+        raise MachineError(reason)
     return config.device
 
 
@@ -129,7 +130,8 @@ def _live(config: MoeConfig, weights: BlockWeights, dtype: torch.dtype | None, d
     if dtype is not None and dtype != weights.gate.dtype:
         raise ConfigError(f"dtype: the config states {dtype}, the live block has {weights.gate.dtype}")
     here = weights.gate.device
-    if device is not None and torch.device(device).type != here.type:
+    stated = torch.device(device) if device is not None else here
+    if stated.type != here.type or (here.type == "cuda" and stated.index not in {None, here.index}):
         raise ConfigError(f"device: the config states {device}, the live block is on {here}")
     return weights
 

@@ -93,9 +93,10 @@ def route(
 
 def check_selected(selected_experts: Tensor) -> None:
     """ValueError unless `selected_experts` is a matrix of integers."""
-    if selected_experts.ndim != 2 or selected_experts.dtype.is_floating_point or selected_experts.dtype == torch.bool:
+    kind = selected_experts.dtype
+    if selected_experts.ndim != 2 or not selected_experts.shape[1] or kind.is_floating_point or kind == torch.bool:
         got = f"{tuple(selected_experts.shape)} {selected_experts.dtype}"
-        raise ValueError(f"selected_experts: got {got}; needed: integers of shape [T, K]")
+        raise ValueError(f"selected_experts: got {got}; needed: integers of shape [T, K], K of 1 or more")
 
 
 def make_plan(selected_experts: Tensor, num_experts: int) -> RoutingPlan:

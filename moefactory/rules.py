@@ -221,7 +221,7 @@ def _unread_weights(case: Case) -> str | None:
 
 
 def _seed(case: Case) -> str | None:
-    return f"weights.seed={case.config.weights.seed}" if not 0 <= case.config.weights.seed < 2**63 else None
+    return f"weights.seed={case.config.weights.seed}" if not 0 <= case.config.weights.seed < 2**32 else None
 
 
 _KERNEL_KEYS = tuple(f"kernels.{p}.{g}" for p in PASSES for g in GEMMS)
@@ -272,7 +272,8 @@ RULES: tuple[Rule, ...] = (
     Rule("unread-weights", ("weights.source", "weights.path", "weights.layer"), _unread_weights,
          "choose moe/weights=checkpoint, or leave weights.path and weights.layer out",
          {"weights.path": "checkpoint", "weights.layer": 0}, {"weights.source": "checkpoint"}),
-    Rule("seed", ("weights.seed",), _seed, "weights.seed is 0 or more and below 2**63",
+    Rule("seed", ("weights.seed",), _seed,
+         "weights.seed is 0 or more and below 2**32, all that torch's CPU generator reads",
          {"weights.seed": -1}, {"weights.seed": 1}),
 )  # fmt: skip
 

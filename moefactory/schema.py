@@ -17,4 +17,6 @@ class MoeNode(MoeConfig):
 
 def register() -> None:
     """Put the schema into Hydra's ConfigStore under ``moefactory/schema`` (idempotent)."""
-    ConfigStore.instance().store(group="moefactory/schema", name="moe", node=MoeNode, provider="moefactory")
+    store = ConfigStore.instance()
+    if "moefactory" not in store.repo:  # Hydra 1.4 warns of a second registration
+        store.store(group="moefactory/schema", name="moe", node=MoeNode, provider="moefactory")
