@@ -313,10 +313,10 @@ class Qwen3MoeFusedGroupedGEMMBlock(Qwen3MoeGroupedGEMMBlock):
         return out, ExpertSteps(h, a, expert_order, unpermuted)
 
     def _route(self, x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        from .triton.router import top_k_softmax
+        from .triton.router import select
 
         logits = F.linear(x, gate)
-        return logits, *top_k_softmax(logits, self.model.top_k, self.model.norm_topk_prob)
+        return logits, *select(logits, self.model.top_k, self.model.norm_topk_prob)
 
     def _plan(self, selected_experts: Tensor) -> RoutingPlan:
         from .triton.plan import make_plan as fused_plan

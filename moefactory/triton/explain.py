@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+import torch
+
 from ..config import GEMMS, PASSES, DType, KernelConfig
 from .choice import Launch, bucket, choose
 
@@ -13,15 +15,19 @@ if TYPE_CHECKING:
 
 
 def launches(block: Qwen3MoeFusedGroupedGEMMBlock, num_tokens: int) -> list[Launch]:
-    """The six grouped GEMMs of a step with this many tokens."""
+    """The six grouped GEMMs of a step with this many tokens, in the dtype that a step would have now (autocast)."""
+    kind, stored = block.gate.device.type, block.gate.dtype
+    lowered = torch.is_autocast_enabled(kind) and stored != torch.float64
+    computed = torch.get_autocast_dtype(kind) if lowered else stored
+    dtype = DType(str(computed).removeprefix("torch."))
     found = []
     for pass_name in PASSES:
         for gemm in GEMMS:
             weight = block.gate_up_proj if gemm == "up" else block.down_proj
             experts, n, k = weight.shape
             rows = bucket(num_tokens * block.model.top_k, experts)
-            dtype = DType(str(weight.dtype).removeprefix("torch."))
-            found.append(Launch(pass_name, gemm, experts, n, k, rows, dtype, block.fused))
+            aligned = computed != stored or weight.data_ptr() % 16 == 0  # a cast weight is a fresh tensor
+            found.append(Launch(pass_name, gemm, experts, n, k, rows, dtype, block.fused, aligned))
     return found
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as fwAD
 
 _LIBRARY = torch.library.Library("moefactory", "FRAGMENT")
 
@@ -38,3 +39,9 @@ def differentiate(operator: Any, backward: Callable[..., Any], save: Callable[..
 def no_second_derivative(ctx: Any, *grads: Any) -> None:
     """The backward of a backward operator: refused in our own words."""
     raise RuntimeError("moefactory: the triton backend has no second derivative; choose moe/backend=torch for it")
+
+
+def refuse_forward_mode(*tensors: torch.Tensor) -> None:
+    """RuntimeError if one of them carries a tangent."""
+    if fwAD._current_level >= 0 and any(fwAD.unpack_dual(t).tangent is not None for t in tensors):
+        raise RuntimeError("moefactory: the triton backend has no forward-mode derivative; choose moe/backend=torch")

@@ -9,12 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 
 from ..routing import RoutingPlan, combine
 from .launch import on_device
-from .library import define, differentiate, no_second_derivative
+from .library import define, differentiate, no_second_derivative, refuse_forward_mode
 from .options import FusedOptions, parse
 from .pipeline import Pipeline, empty_like_none
 
@@ -167,8 +166,7 @@ def compute_experts(
     tensors = (x.contiguous(), weights, gate_up_proj, down_proj)
     save_h = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     indices = (plan.group_offsets, plan.gather_indices, plan.scatter_indices)
-    if fwAD._current_level >= 0 and any(fwAD.unpack_dual(t).tangent is not None for t in tensors):
-        raise RuntimeError("moefactory: the triton backend has no forward-mode derivative; choose moe/backend=torch")
+    refuse_forward_mode(*tensors)
     out, h, a, y = experts_forward(*tensors, *indices, options.text, save_h, trace)
     if not options.fuse_combine:
         if trace:

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import accumulator, launch, on_device
-from .library import define, differentiate, no_second_derivative
+from .library import define, differentiate, no_second_derivative, refuse_forward_mode
 
 BLOCK_T = 8
 
@@ -56,15 +56,16 @@ def _route_forward(
     row_mask = offs_t < T
     p = _probabilities(logits_ptr, offs_t, offs_e, row_mask[:, None] & (offs_e < E)[None, :], E, ACC)
     left = tl.where((offs_e < E)[None, :], p, -1.0)  # what is still to be chosen from
+    total = tl.sum(p, axis=1)
+    broken = total != total  # noqa: PLR0124 - a row of NaN selects the first experts: ids stay distinct and in range, weights are NaN
     weights = tl.zeros((BLOCK_T, SLOTS), ACC)
     selected = tl.zeros((BLOCK_T, SLOTS), tl.int32)
     for k in tl.static_range(TOP_K):
         best = tl.max(left, axis=1)
         expert = tl.min(tl.where(left == best[:, None], offs_e[None, :], E), axis=1)
-        # a row of NaN equals nothing: it keeps ids in range, and its weights are NaN as they are in torch
         value = tl.sum(tl.where(offs_e[None, :] == expert[:, None], p, 0.0), axis=1)
-        value = tl.where(expert < E, value, float("nan"))
-        expert = tl.where(expert < E, expert, k)
+        value = tl.where(broken, float("nan"), value)
+        expert = tl.where(broken, k, expert)
         weights = tl.where((offs_s == k)[None, :], value[:, None], weights)
         selected = tl.where((offs_s == k)[None, :], expert[:, None], selected)
         left = tl.where(offs_e[None, :] == expert[:, None], -1.0, left)
@@ -157,6 +158,12 @@ def top_k_softmax_backward(dweights: Tensor, logits: Tensor, selected: Tensor, n
             args = (logits.contiguous(), selected, dweights.contiguous(), dlogits, tokens, experts)
             launch("route_backward", _route_backward, grid, *args, **meta)
     return dlogits
+
+
+def select(logits: Tensor, top_k: int, norm_topk_prob: bool) -> tuple[Tensor, Tensor]:
+    """`top_k_softmax`, which has no forward-mode derivative: refused here, the dispatcher would drop the tangent."""
+    refuse_forward_mode(logits)
+    return top_k_softmax(logits, top_k, norm_topk_prob)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..config import PASSES, ConfigError, DType, KernelConfig
+from ..config import PASSES, ConfigError, KernelConfig
 from ..routing import make_plan
 from . import cache
 from .choice import Launch, _capability
@@ -162,11 +162,8 @@ def _launches(block: Qwen3MoeFusedGroupedGEMMBlock, num_tokens: int, passes: Seq
     if unknown := [name for name in passes if name not in PASSES]:
         raise ValueError(f"passes: got {unknown[0]!r}; allowed: {', '.join(PASSES)}")
     never = {("bwd_dX", "up")} if block.dW_only else {("bwd_dW", "up"), ("bwd_dW", "down")} if block.dX_only else set()
-    weights = _weights(block)
-    dtype = DType(str(weights["up"].dtype).removeprefix("torch."))
     wanted = [one for one in launches(block, num_tokens) if one.pass_name in passes]
-    mine = (one for one in wanted if (one.pass_name, one.gemm) not in never)
-    return [replace(one, dtype=dtype, aligned=weights[one.gemm].data_ptr() % 16 == 0) for one in mine]
+    return [one for one in wanted if (one.pass_name, one.gemm) not in never]
 
 
 def _weights(block: Qwen3MoeFusedGroupedGEMMBlock) -> dict[str, Tensor]:
