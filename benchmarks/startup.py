@@ -55,6 +55,7 @@ STEPS: dict[str, str | list[str]] = {
     "compose again in the same process": COMPOSE.format(which="again - loaded"),
     "build the default block, first in a process (with the imports)": BUILD.format(which="first - begin"),
     "build again in the same process": BUILD.format(which="again - first"),
+    "command `moefactory matrix format=github`": ["-m", "moefactory", "matrix", "format=github"],
     "command `moefactory show`": ["-m", "moefactory", "show"],
     "command `moefactory check`": ["-m", "moefactory", "check"],
 }
@@ -89,7 +90,7 @@ def provenance() -> dict[str, object]:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
     names = ("moefactory", "torch", "triton", "transformers", "hydra-core", "omegaconf")
-    changed = git("status", "--porcelain", "--", "moefactory", "conf", "hydra_plugins", "benchmarks/startup.py")
+    changed = git("status", "--porcelain", "--", "moefactory", "conf", "hydra_plugins")
     return {
         "commit": git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(changed),

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 OK, MISMATCH, BAD_CONFIG, FAILED = 0, 1, 2, 3
-VERBS = ("show", "build", "check", "matrix", "doctor")
+VERBS = ("show", "build", "check", "tune", "bench", "matrix", "doctor")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -100,6 +100,18 @@ def _check(request: Any) -> tuple[str, int]:
     found = run_check(request.config, **options)
     text = report.as_json(found.plain()) if wanted == "json" else report.check(found)
     return text, OK if found.status == "ok" else MISMATCH
+
+
+def _tune(request: Any) -> tuple[str, int]:
+    from .tune import tune_verb
+
+    return tune_verb(request.config, **request.options)
+
+
+def _bench(request: Any) -> tuple[str, int]:
+    from .bench import bench_verb
+
+    return bench_verb(request.config, **request.options)
 
 
 def _matrix(request: Any) -> tuple[str, int]:

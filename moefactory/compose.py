@@ -35,7 +35,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Option:
-    """One of a verb's own settings: its type and what is allowed, in words."""
+    """One of a verb's own settings: its type and what is allowed, in words.
+
+    With `many` it is a list of such values, each once, and one value stands for a list of one.
+    """
 
     kind: type
     allowed: str
@@ -43,11 +46,19 @@ class Option:
     least: int = 0
     most: int = 2**31
     optional: bool = False
+    many: bool = False
+    empty: bool = False
 
     def fits(self, value: Any) -> bool:
         """Whether a value is allowed."""
         if value is None:
             return self.optional
+        if self.many and isinstance(value, list):
+            return all(map(self.fits_one, value)) and len(set(value)) == len(value) and (self.empty or bool(value))
+        return self.fits_one(value)
+
+    def fits_one(self, value: Any) -> bool:
+        """Whether a single value is allowed."""
         if type(value) is not self.kind:  # a bool is an int to isinstance
             return False
         if isinstance(value, int):
@@ -55,8 +66,15 @@ class Option:
         return not self.choices or value in self.choices
 
 
+def _list_of(*choices: str, optional: bool = False, empty: bool = False) -> Option:
+    allowed = f"a list of {', '.join(choices)}, each once{', or null' if optional else ''}"
+    return Option(str, allowed, choices, optional=optional, many=True, empty=empty)
+
+
 _TABLE_JSON = Option(str, "table, json", ("table", "json"))
+_SWITCH = Option(bool, "true, false")
 _TOKENS = Option(int, f"an integer from 1 to {MAX_TOKENS}", least=1, most=MAX_TOKENS)
+_TOKEN_LIST = Option(int, f"a list of integers from 1 to {MAX_TOKENS}, each once", least=1, most=MAX_TOKENS, many=True)
 OPTIONS: dict[str, dict[str, Option]] = {
     "show": {"tokens": _TOKENS, "format": _TABLE_JSON},
     "build": {"tokens": _TOKENS, "format": _TABLE_JSON},
@@ -65,6 +83,25 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "seed": Option(int, "an integer of 0 or more"),
         "cache": Option(str, "a folder, or null", optional=True),
         "format": _TABLE_JSON,
+    },
+    "tune": {
+        "tokens": _TOKEN_LIST,
+        "passes": _list_of("fwd", "bwd_dX", "bwd_dW"),
+        "redo": _SWITCH,
+        "format": _TABLE_JSON,
+    },
+    "bench": {
+        "tokens": _TOKEN_LIST,
+        "models": _list_of("tiny", "qwen3_30b_a3b", "qwen3_235b_a22b", optional=True),
+        "backends": _list_of("torch", "triton", optional=True),
+        "peers": _list_of("hf_eager", "hf_grouped_mm", "hf_grouped_mm_compiled", optional=True, empty=True),
+        "graph": _SWITCH,
+        "routing": Option(str, "random, balanced, zipf, one", ("random", "balanced", "zipf", "one")),
+        "seed": Option(int, "an integer of 0 or more"),
+        "ms": Option(int, "an integer from 1 to 60000", least=1, most=60_000),
+        "format": Option(str, "table, json, csv", ("table", "json", "csv")),
+        "out": Option(str, "a file, or null", optional=True),
+        "plot": Option(str, "a file, or null", optional=True),
     },
     "matrix": {"format": Option(str, "table, json, csv, github", ("table", "json", "csv", "github"))},
     "doctor": {"format": _TABLE_JSON},
@@ -137,7 +174,9 @@ def _parse(text: str) -> Any:
     if key.split(".")[0].split("/")[0] == "hydra" and key != "hydra.searchpath":
         raise ConfigError(f"{key}: Hydra's own settings do nothing here; allowed: hydra.searchpath")
     if override.is_sweep_override():
-        raise ConfigError(f"{key}: got several values; allowed: one (moefactory runs one configuration at a time)")
+        raise ConfigError(
+            f"{key}: got several values; allowed: one, or [a,b] (moefactory runs one configuration at a time)"
+        )
     return override
 
 
@@ -174,10 +213,12 @@ def _check_root(verb: str, nodes: dict[str, Any]) -> None:
 
 
 def _checked(name: str, option: Option, value: Any) -> Any:
+    values = value if isinstance(value, list) and option.many else [value]
     if not option.fits(value):
-        hint = nearest(str(value), list(option.choices)) if option.choices else ""
+        unfit = [v for v in values if not option.fits_one(v)]
+        hint = nearest(str(unfit[0]), list(option.choices)) if option.choices and unfit else ""
         raise ConfigError(f"{name}: got {value!r}; allowed: {option.allowed}{hint}")
-    return value
+    return values if option.many and value is not None else value
 
 
 def _moe_config(nodes: dict[str, Any]) -> MoeConfig:

@@ -17,6 +17,15 @@ _EXAMPLES = {
         "moe/model=qwen3_30b_a3b moe/weights=random moe.dtype=bfloat16 moe.device=cuda",
         "moe/weights=checkpoint moe.weights.path=FOLDER moe.weights.layer=12 format=json",
     ),
+    "tune": (
+        "moe/backend=triton moe.device=cuda moe/model=qwen3_30b_a3b moe/weights=random moe.dtype=bfloat16",
+        "moe/backend=triton moe.device=cuda moe.dtype=bfloat16 tokens=[4096,16384] redo=true format=json",
+    ),
+    "bench": (
+        "",
+        "moe/backend=triton moe.device=cuda moe.dtype=bfloat16 models=[qwen3_30b_a3b] tokens=[1024,16384] graph=true",
+        "backends=[torch,triton] peers=[] moe.device=cuda format=csv out=bench.json plot=bench.png",
+    ),
     "matrix": ("format=csv", "format=github"),
     "doctor": ("",),
 }
@@ -47,7 +56,7 @@ def overview() -> str:
 def verb_help(verb: str) -> str:
     """``moefactory VERB --help``."""
     about, settings = _primary(verb)
-    with_block = verb in {"show", "build", "check"}
+    with_block = verb not in {"matrix", "doctor"}
     usage = f"usage: moefactory {verb} " + ("[group=option ...] [key=value ...]" if with_block else "[key=value]")
     examples = "\n".join(f"  moefactory {verb} {words}".rstrip() for words in _EXAMPLES[verb])
     block = f"\n\n{_groups()}\n\n{_keys()}" if with_block else ""

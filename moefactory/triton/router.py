@@ -107,7 +107,9 @@ def _route_backward(
     if NORM:
         total = tl.sum(p * chosen, axis=1)[:, None]
         # sum_i dp[i] p[i] is zero here by algebra; left out, an expert that is not selected gets no rounding noise
-        dlogits = p * chosen * (dw - tl.sum(dw * p, axis=1)[:, None] / total) / total
+        # with one expert w is exactly 1 and its gradient exactly 0
+        w = p * chosen / total
+        dlogits = w * (dw - tl.sum(dw * w, axis=1)[:, None])
     else:
         dlogits = p * (dw - tl.sum(dw * p, axis=1)[:, None])
     out = dlogits_ptr + offs_t.to(tl.int64)[:, None] * E + offs_e[None, :]
