@@ -78,6 +78,15 @@ def _route_forward(
 
 
 @triton.jit
+def _slot(selected_ptr, dweights_ptr, offs_t, row_mask, offs_e, k, TOP_K: tl.constexpr, ACC: tl.constexpr):
+    """(where slot k's expert is [BLOCK_T, EXPERTS], its weight's gradient [BLOCK_T, 1])."""
+    slot = offs_t.to(tl.int64) * TOP_K + k
+    expert = tl.load(selected_ptr + slot, mask=row_mask, other=0)
+    dw_k = tl.load(dweights_ptr + slot, mask=row_mask, other=0.0).to(ACC)
+    return offs_e[None, :] == expert[:, None], dw_k[:, None]
+
+
+@triton.jit
 def _route_backward(
     logits_ptr,
     selected_ptr,
@@ -99,17 +108,18 @@ def _route_backward(
     chosen = tl.zeros((BLOCK_T, EXPERTS), ACC)  # 1 where selected
     dw = tl.zeros((BLOCK_T, EXPERTS), ACC)
     for k in tl.static_range(TOP_K):
-        slot = offs_t.to(tl.int64) * TOP_K + k
-        expert = tl.load(selected_ptr + slot, mask=row_mask, other=0)
-        here = offs_e[None, :] == expert[:, None]
+        here, dw_k = _slot(selected_ptr, dweights_ptr, offs_t, row_mask, offs_e, k, TOP_K, ACC)
         chosen += tl.where(here, 1.0, 0.0)
-        dw += tl.where(here, tl.load(dweights_ptr + slot, mask=row_mask, other=0.0).to(ACC)[:, None], 0.0)
+        dw += tl.where(here, dw_k, 0.0)
     if NORM:
-        total = tl.sum(p * chosen, axis=1)[:, None]
-        # sum_i dp[i] p[i] is zero here by algebra; left out, an expert that is not selected gets no rounding noise
-        # with one expert w is exactly 1 and its gradient exactly 0
-        w = p * chosen / total
-        dlogits = w * (dw - tl.sum(dw * w, axis=1)[:, None])
+        # sum_i dp[i] p[i] is 0 by algebra, and dw[k] less the mean of dw is the mean of the differences: no large
+        # numbers cancel, and with one expert, or for one not selected, the gradient is exactly 0
+        w = p * chosen / tl.sum(p * chosen, axis=1)[:, None]
+        inner = tl.zeros((BLOCK_T, EXPERTS), ACC)
+        for k in tl.static_range(TOP_K):
+            here, dw_k = _slot(selected_ptr, dweights_ptr, offs_t, row_mask, offs_e, k, TOP_K, ACC)
+            inner += tl.sum(tl.where(here, w, 0.0), axis=1)[:, None] * (dw - dw_k)
+        dlogits = w * inner
     else:
         dlogits = p * (dw - tl.sum(dw * p, axis=1)[:, None])
     out = dlogits_ptr + offs_t.to(tl.int64)[:, None] * E + offs_e[None, :]

@@ -1,0 +1,68 @@
+"""Every kernel once or more, small, for compute-sanitizer: all flags, TMA and pointers, ragged, empty, dropped.
+
+python benchmarks/sanitize.py                                          compiles into Triton's cache
+compute-sanitizer --tool memcheck  --error-exitcode 9 python benchmarks/sanitize.py
+compute-sanitizer --tool racecheck --error-exitcode 9 python benchmarks/sanitize.py
+"""
+
+from __future__ import annotations
+
+from itertools import product
+
+import torch
+
+from moefactory.config import KernelConfigBackward_dW, KernelConfigBackward_dX, KernelConfigForward
+from moefactory.routing import route
+from moefactory.triton.ops import compute_experts
+from moefactory.triton.options import FusedOptions
+from moefactory.triton.plan import make_plan
+from moefactory.triton.router import top_k_softmax
+
+TOKENS, EXPERTS, TOP_K, HIDDEN, WIDTH = 77, 7, 3, 136, 72  # rows of 16 bytes, and no size a multiple of a tile
+TILES = {"block_m": 16, "block_n": 64, "block_k": 32, "num_warps": 4, "num_stages": 2}
+
+
+def kernels(*, tma: bool, permute_x: bool, permute_y: bool, fuse_swiglu: bool):
+    """Explicit configs for all six launches; with `tma` every flag that the rules leave."""
+    yes = {
+        ("fwd", "up"): {"use_tma_load_x": not permute_x, "use_tma_load_w": True, "use_tma_store": True},
+        ("fwd", "down"): {"use_tma_load_x": True, "use_tma_load_w": True, "use_tma_store": not permute_y},
+        ("bwd_dX", "up"): {"use_tma_load_dy": True, "use_tma_load_w": True, "use_tma_store": not permute_x},
+        ("bwd_dX", "down"): {
+            "use_tma_load_dy": not permute_y,
+            "use_tma_load_w": True,
+            "use_tma_store": not fuse_swiglu,
+        },
+        ("bwd_dW", "up"): {"use_tma_load_dy": True, "use_tma_load_x": not permute_x, "use_tma_store": True},
+        ("bwd_dW", "down"): {"use_tma_load_dy": not permute_y, "use_tma_load_x": True, "use_tma_store": True},
+    }
+    kinds = {"fwd": KernelConfigForward, "bwd_dX": KernelConfigBackward_dX, "bwd_dW": KernelConfigBackward_dW}
+    return tuple((p, g, kinds[p](**TILES, **(flags if tma else {}))) for (p, g), flags in yes.items())
+
+
+def step(dtype: torch.dtype, *, tma: bool, **flags: bool) -> None:
+    new = lambda *s, scale=1.0: (torch.randn(*s, device="cuda") * scale).to(dtype).requires_grad_()  # noqa: E731
+    x, gate = new(TOKENS, HIDDEN), new(EXPERTS, HIDDEN, scale=HIDDEN**-0.5)
+    up, down = new(EXPERTS, 2 * WIDTH, HIDDEN, scale=HIDDEN**-0.5), new(EXPERTS, HIDDEN, WIDTH, scale=WIDTH**-0.5)
+    logits, _, _ = route(x, gate, TOP_K, True)
+    weights, selected = top_k_softmax(logits, TOP_K, True)
+    selected = torch.where(selected == 2, EXPERTS, selected)  # expert 2 gets no row, its slots are dropped
+    chosen = {name: flags[name] for name in ("permute_x", "permute_y", "fuse_swiglu")}
+    options = FusedOptions(TOP_K, **flags, autotune=False, kernels=kernels(tma=tma, **chosen))
+    out, _ = compute_experts(x, weights, make_plan(selected, EXPERTS), up, down, options)
+    out.backward(torch.randn_like(out))
+
+
+def main() -> None:
+    names = ("permute_x", "permute_y", "fuse_swiglu", "fuse_combine")
+    count = 0
+    for dtype, tma in ((torch.bfloat16, True), (torch.bfloat16, False)):
+        for values in product((True, False), repeat=4):
+            step(dtype, tma=tma, **dict(zip(names, values, strict=True)))
+            count += 1
+    torch.cuda.synchronize()
+    print(f"{count} steps ran")
+
+
+if __name__ == "__main__":
+    main()
