@@ -105,13 +105,19 @@ def _check(request: Any) -> tuple[str, int]:
 def _tune(request: Any) -> tuple[str, int]:
     from .tune import tune_verb
 
-    return tune_verb(request.config, **request.options)
+    return _with_complaint(*tune_verb(request.config, **request.options))
 
 
 def _bench(request: Any) -> tuple[str, int]:
     from .bench import bench_verb
 
-    return bench_verb(request.config, **request.options)
+    return _with_complaint(*bench_verb(request.config, **request.options))
+
+
+def _with_complaint(text: str, status: str, complaint: str) -> tuple[str, int]:
+    """(text, exit code), the complaint said: there is something to print although not all is well."""
+    code = {"ok": OK, "mismatch": MISMATCH, "refused": BAD_CONFIG, "failed": FAILED}[status]
+    return text, _fail(complaint, code) if complaint else code
 
 
 def _matrix(request: Any) -> tuple[str, int]:

@@ -145,4 +145,5 @@ def unpermute(rows: Tensor, plan: RoutingPlan) -> Tensor:
 def combine(rows: Tensor, routing_weights: Tensor) -> Tensor:
     """Sum a token's K rows, weighted: rows [T*K,H] in token order, routing_weights [T,K] -> [T,H]."""
     tokens, top_k = routing_weights.shape
-    return (rows.view(tokens, top_k, rows.shape[-1]) * routing_weights.unsqueeze(-1)).sum(dim=1)
+    products = rows.view(tokens, top_k, rows.shape[-1]) * routing_weights.unsqueeze(-1)
+    return products.sum(dim=1).to(rows.dtype)  # on a GPU autocast sums in float32 and returns that

@@ -1,0 +1,85 @@
+"""``moefactory bench``: forward and step of a block beside dense products and beside Hugging Face's block."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .bench_report import TEXTS, as_json, complain
+from .bench_rows import BenchReport, BenchRow, Settings
+from .bench_sweep import Sweep
+from .config import Backend, BackendConfig, ConfigError, MoeConfig, as_dict
+from .describe import require_here
+from .machine import interpreting
+from .measure import Timer, time_calls
+from .numerics.theirs import quiet_transformers
+from .peers import default_peers
+from .plot import check_plot, draw
+from .progress import Tell, bar
+from .provenance import clocks, provenance
+from .refusals import one_line
+
+
+def run_bench(
+    config: MoeConfig, settings: Settings | None = None, *, timer: Timer = time_calls, tell: Tell | None = None
+) -> BenchReport:
+    """Measure the block of a configuration.
+
+    Args:
+        config: flags, dtype, device and weights of every row; its own model and backend, where none are named.
+        settings: what to measure.
+        timer: quantiles of a call's milliseconds.
+        tell: called before each runner with what goes on, how many are done, and of how many.
+
+    Raises:
+        ConfigError, MachineError: a device that does not exist, or is not there.
+    """
+    settings = settings or Settings()
+    require_here(replace(config, backend=BackendConfig(Backend.torch)))
+    device = torch.device(config.device or "cpu")
+    peers = default_peers(device) if settings.peers is None else settings.peers
+    backends = settings.backends or [config.backend.name.name]
+    settings = replace(settings, backends=tuple(backends), peers=tuple(peers))
+    known = provenance(device)
+    sweep, rows = Sweep(config, settings, device, timer, tell), list[BenchRow]()
+    stopped = False
+    with quiet_transformers(), torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        try:
+            rows.extend(sweep.rows())
+        except KeyboardInterrupt:  # the rows until now were dear
+            stopped = True
+    if device.type == "cuda":
+        known["clocks_after"] = clocks(device)
+    notes = sweep.notes
+    if interpreting() and "triton" in backends:
+        notes.append("Triton's interpreter ran the kernels: their times mean nothing")
+    return BenchReport(settings, as_dict(config), known, tuple(rows), tuple(notes), stopped)
+
+
+def bench_verb(
+    config: MoeConfig, format: str, out: str | None, plot: str | None, **settings: Any
+) -> tuple[str, str, str]:
+    """(what to print, status, what to complain of) of ``moefactory bench``.
+
+    The status is ok; refused, if all rows without figures are illegal configurations; else failed.
+    """
+    for key, path in (("out", out), ("plot", plot)):
+        if path is not None and (Path(path).is_dir() or not Path(path).parent.is_dir()):
+            raise ConfigError(f"{key}: got {path!r}; allowed: a file in a folder that exists")
+    if plot is not None:
+        check_plot(plot)
+    with bar() as tell:
+        report = run_bench(config, Settings(**settings), tell=tell)
+    status, complaint = complain(report)
+    try:
+        if out is not None:
+            Path(out).write_text(as_json(report))
+        if plot is not None:
+            draw(report.plain()["rows"], plot, str(report.provenance["gpu"] or "CPU"))
+    except OSError as error:  # the figures were dear: they are printed all the same
+        status, complaint = "failed", f"{one_line(error)}; the figures are printed"
+    return TEXTS[format](report), status, complaint
