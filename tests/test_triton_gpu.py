@@ -1,0 +1,510 @@
+"""What only a GPU shows: races, overflowing addresses, synchronisation, graphs, streams, devices, real sizes.
+
+MOEFACTORY_GPU_REPORT=file collects one JSON line of what each test measured. Tests that need tens of gigabytes take
+turns, whatever the number of processes. The rule is that of `fused.Yardstick`; sampled rows and experts stand for the
+whole where float64 on everything would take minutes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import fused
+import judge
+import pytest
+import torch
+import torch.nn.functional as F
+from fused import COMBINATIONS, GPU, Shape, dtype_id, flag_id, options, report, small_kernels, tma_kernels
+from judge import WEIGHTS, Tensors
+from torch import Tensor
+
+from moefactory.block import Qwen3MoeFusedGroupedGEMMBlock
+from moefactory.config import KernelConfigBackward_dW, KernelConfigBackward_dX, KernelConfigForward, ResolvedModel
+from moefactory.routing import RoutingPlan, make_plan
+from moefactory.triton.backward_dW import dW_gemm
+from moefactory.triton.backward_dX import dX_gemm
+from moefactory.triton.forward import Rows, forward_gemm
+from moefactory.triton.ops import compute_experts
+from moefactory.triton.schedule import tile_table
+
+pytestmark = pytest.mark.gpu
+REPEATS, TMA_REPEATS = 1_000, 10_000
+MODEL = ResolvedModel(128, 64, 8, 2, True, "silu")
+EDGE_FLAGS = [COMBINATIONS[i] for i in (0, 6, 9, 15)]
+by_flags = pytest.mark.parametrize("flags", COMBINATIONS, ids=flag_id)
+by_edge = pytest.mark.parametrize("flags", EDGE_FLAGS, ids=flag_id)
+
+
+@pytest.fixture(autouse=True)
+def _surroundings() -> Iterator[None]:
+    with fused.surroundings(nan=False):
+        yield
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """One process at a time, and an empty allocator before and after: for tests that need much of the memory."""
+    with open(Path(tempfile.gettempdir()) / "moefactory-gpu.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        try:
+            yield
+        finally:
+            torch.cuda.empty_cache()
+
+
+def gibibytes() -> float:
+    return round(torch.cuda.max_memory_allocated() / 2**30, 2)
+
+
+def block_of(
+    model: ResolvedModel = MODEL, dtype: torch.dtype = torch.bfloat16, device: str = "cuda", **more: Any
+) -> Qwen3MoeFusedGroupedGEMMBlock:
+    weights = judge.unit_weights(model, dtype)
+    return Qwen3MoeFusedGroupedGEMMBlock(model, *(weights[name].to(device) for name in WEIGHTS), **more)
+
+
+def tokens_of(
+    count: int, model: ResolvedModel = MODEL, dtype: torch.dtype = torch.bfloat16, device: str = "cuda", seed: int = 7
+) -> tuple[Tensor, Tensor]:
+    pair = (judge.unit_tokens(count, model, dtype, seed=seed), judge.unit_tokens(count, model, dtype, seed=seed + 1))
+    return pair[0].to(device), pair[1].to(device)
+
+
+def step(block: Any, x: Tensor, dy: Tensor) -> list[Tensor]:
+    """Output, then the gradients of x and of every parameter."""
+    x = x.detach().requires_grad_()
+    out, _ = block(x)
+    return [out.detach(), *torch.autograd.grad(out, [x, *block.parameters()], dy)]
+
+
+def repeated(run: Callable[[], list[Tensor]], times: int) -> tuple[int, float]:
+    """(how many of `times` runs differed from the first in a bit, seconds). Nothing is read back in between."""
+    first = run()
+    wrong = torch.zeros((), dtype=torch.int64, device="cuda")
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(times):
+        differs = torch.stack([(one != other).any() for one, other in zip(run(), first, strict=True)])
+        wrong += differs.any()
+    return int(wrong), time.perf_counter() - start
+
+
+# --- races ------------------------------------------------------------------------------------------------------------
+
+
+@by_flags
+def test_deterministic(flags: dict[str, bool]) -> None:
+    """1,000 forwards and backwards: the bits of the first, router and plan included."""
+    block, (x, dy) = block_of(**flags), tokens_of(100)
+    wrong, seconds = repeated(lambda: step(block, x, dy), REPEATS)
+    report("deterministic", flags=flag_id(flags), repeats=REPEATS, wrong=wrong, ms=round(seconds / REPEATS * 1e3, 3))
+    assert wrong == 0
+
+
+def _ragged(experts: int = 16, top_k: int = 2, tokens: int = 500) -> tuple[RoutingPlan, Rows]:
+    """Experts with uneven counts: whole tiles and ragged ones side by side; one expert without rows."""
+    g = torch.Generator().manual_seed(0)
+    weights = torch.rand(experts, generator=g) ** 2
+    weights[3] = 0
+    ids = torch.multinomial(weights.expand(tokens, -1), top_k, generator=g)
+    plan = make_plan(ids.cuda(), experts)
+    offsets = plan.group_offsets
+    return plan, Rows(offsets, plan.gather_indices, top_k, tile_table(offsets, plan.gather_indices.shape[0], 64))
+
+
+TMA_TILE: dict[str, Any] = {"block_m": 64, "block_n": 64, "block_k": 64, "num_warps": 4, "num_stages": 3}
+
+
+@pytest.mark.parametrize("kernel", ["forward", "forward swiglu", "dX", "dW"])
+def test_tma_store(kernel: str) -> None:
+    """10,000 launches that store by TMA: each gives the bits of the pointer store."""
+    plan, rows = _ragged()
+    m, experts, n, k = plan.gather_indices.shape[0], 16, 256, 192
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, device="cuda").bfloat16()
+
+    x, dy, w = draw(m, k), draw(m, n), draw(experts, n, k)
+    loads: dict[str, Any] = {"use_tma_load_w": True, **TMA_TILE}
+
+    def run(store: bool) -> list[Tensor]:
+        if kernel == "dX":
+            config = KernelConfigBackward_dX(**loads, use_tma_load_dy=True, use_tma_store=store)
+            return [dX_gemm(dy, w, rows, config)]
+        if kernel == "dW":
+            tma = {"use_tma_load_dy": True, "use_tma_load_x": True}
+            return [dW_gemm(dy, x, rows, experts, KernelConfigBackward_dW(**TMA_TILE, **tma, use_tma_store=store))]
+        swiglu = kernel.endswith("swiglu")
+        config_fwd = KernelConfigForward(**loads, use_tma_load_x=True, use_tma_store=store)
+        y, h = forward_gemm(x, w, rows, config_fwd, swiglu=swiglu, store_h=swiglu)
+        return [y] if h is None else [y, h]
+
+    expected = run(False)
+    assert all(torch.equal(one, other) for one, other in zip(run(True), expected, strict=True))
+    wrong, seconds = repeated(lambda: run(True), TMA_REPEATS)
+    report("tma store", kernel=kernel, repeats=TMA_REPEATS, wrong=wrong, us=round(seconds / TMA_REPEATS * 1e6, 1))
+    assert wrong == 0
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3, 4, 5])
+@by_edge
+def test_tma_in_every_number_of_stages(flags: dict[str, bool], stages: int) -> None:
+    """Explicit configs with every TMA flag that is legal: they compile, run and hold the rule at any pipeline depth."""
+    shape = Shape(75, 5, 2, 128, 64, "gaps")
+    p, yardstick = fused.problem(shape, torch.bfloat16), fused.yardstick(shape, torch.bfloat16)
+    got = fused.run(p, options(flags, shape.top_k, tma_kernels(flags, stages=stages)))
+    assert yardstick.complaints(got) == []
+    again = fused.run(p, options(flags, shape.top_k, tma_kernels(flags, stages=stages)))
+    assert fused.differing(again, got) == []
+    report("tma stages", flags=flag_id(flags), stages=stages, ok=True)
+
+
+# --- the launch cache -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags", EDGE_FLAGS[:2], ids=flag_id)
+def test_kernels_of_other_arguments_are_kept_apart(flags: dict[str, bool]) -> None:
+    """Aligned and not, sizes of 1, of 16s and odd, one expert and many, in turn and back again: each its own kernel."""
+    shapes = [Shape(16, 8, 2, 64, 32), Shape(17, 8, 2, 64, 32), Shape(1, 1, 1, 64, 32), Shape(16, 5, 2, 50, 47)]
+    for dtype in (torch.bfloat16, torch.float32):
+        for _ in range(2):
+            for shape in shapes:
+                for shift in (0, 1):
+                    p = fused.problem(shape, dtype)
+                    leaves = []
+                    for tensor in p.leaves:
+                        memory = torch.zeros(tensor.numel() + shift, dtype=dtype, device="cuda")
+                        leaves.append(memory[shift:].view(tensor.shape).copy_(tensor).requires_grad_())
+                    there = p.to("cuda")
+                    out, _ = compute_experts(
+                        leaves[0], leaves[1], there.plan, leaves[2], leaves[3], options(flags, shape.top_k)
+                    )
+                    got = fused.gradients(out, leaves, there.dy)
+                    assert fused.yardstick(shape, dtype).complaints(got) == [], (shape, dtype, shift)
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+@by_flags
+def test_dirty_memory(flags: dict[str, bool]) -> None:
+    """The allocator hands out NaN: what a kernel does not write, or reads past an end, shows."""
+    shape = Shape(75, 7, 3, 96, 40, "dropped")
+    sizes = [2**n for n in range(9, 26, 2)]
+    for _ in range(2):
+        dirt = [torch.full((size,), torch.nan, device="cuda") for size in sizes for _ in range(3)]
+        del dirt
+        got = fused.run(fused.problem(shape, torch.bfloat16), options(flags, shape.top_k))
+        assert fused.yardstick(shape, torch.bfloat16).complaints(got) == []
+
+
+def test_peak_memory() -> None:
+    """A forward without gradients holds A, Y and the output: no permuted copy, no H."""
+    model = ResolvedModel(2048, 768, 32, 8, True, "silu")
+    with alone():
+        weights = {n: torch.randn(s, device="cuda").bfloat16() * 0.02 for n, s in _sizes(model).items()}
+        block = Qwen3MoeFusedGroupedGEMMBlock(model, *(weights[name] for name in WEIGHTS))
+        x = torch.randn(1, 8192, 2048, device="cuda").bfloat16()
+        peaks = {}
+        for grad in (False, True):
+            with torch.set_grad_enabled(grad):
+                block(x)
+                torch.cuda.synchronize()
+                before = torch.cuda.memory_allocated()
+                torch.cuda.reset_peak_memory_stats()
+                out = block(x)
+                torch.cuda.synchronize()
+                peaks[grad] = torch.cuda.max_memory_allocated() - before
+                del out
+        rows, bytes_ = 8192 * 8, 2
+        a, y, h, out_bytes = (rows * w * bytes_ for w in (768, 2048, 1536, 2048 / 8))
+        report("peak memory", without_gradients=peaks[False], with_gradients=peaks[True], copy=y)
+        assert peaks[False] <= 1.05 * (a + y + out_bytes)
+        assert peaks[True] <= 1.05 * (a + y + out_bytes + h)
+
+
+def _sizes(model: ResolvedModel) -> dict[str, tuple[int, ...]]:
+    e, h, i = model.num_experts, model.hidden_size, model.moe_intermediate_size
+    return {"gate": (e, h), "gate_up_proj": (e, 2 * i, h), "down_proj": (e, h, i)}
+
+
+# --- samples in float64 -----------------------------------------------------------------------------------------------
+
+
+def _large(model: ResolvedModel, tokens: int, last_expert_too: bool = False) -> fused.Problem:
+    """Unit-scale data, drawn on the GPU; half of the tokens prefer a few experts, so that counts are uneven."""
+    g = torch.Generator("cuda").manual_seed(0)
+
+    def draw(*shape: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(*shape, generator=g, device="cuda", dtype=torch.bfloat16).mul_(scale)
+
+    e, h, i, k = model.num_experts, model.hidden_size, model.moe_intermediate_size, model.top_k
+    liking = torch.randn(tokens, e, generator=g, device="cuda")
+    liking[::2, : max(1, e // 8)] += 1
+    if last_expert_too:
+        liking[-1, -1] += 100
+    selected = liking.topk(k).indices
+    scores = torch.rand(tokens, k, generator=g, device="cuda") + 0.1
+    scores = (scores / scores.sum(-1, keepdim=True)).bfloat16()
+    up, down = draw(e, 2 * i, h, scale=h**-0.5), draw(e, h, i, scale=i**-0.5)
+    return fused.Problem(draw(tokens, h), scores, selected, up, down, draw(tokens, h))
+
+
+def _parts(rows: Tensor, s: Tensor, dy: Tensor, up: Tensor, down: Tensor) -> Tensors:
+    """Every result for rows [R,H] of one expert, their weights s [R,1] and dY [R,H], in their dtype."""
+    h = rows @ up.T
+    gate, lin = h.chunk(2, dim=1)
+    sig = torch.sigmoid(gate)
+    a = F.silu(gate) * lin
+    y = a @ down.T
+    da = (s * dy) @ down
+    dh = torch.cat([da * lin * sig * (1 + gate * (1 - sig)), da * F.silu(gate)], 1)
+    return {"out": s * y, "dx": dh @ up, "ds": (dy * y).sum(1), "up": dh.T @ rows, "down": (s * dy).T @ a}
+
+
+def _sampled(p: fused.Problem, tokens: list[int], experts: list[int], dtype: torch.dtype) -> Tensors:
+    """out, dx and drouting_weights of these tokens, the weights' gradients of these experts."""
+    found: dict[str, list[Tensor]] = {"out": [], "dx": [], "drouting_weights": [], "gate_up_proj": [], "down_proj": []}
+
+    def of(index: Any, slot: Any, expert: int) -> Tensors:
+        s = p.routing_weights[index, slot].reshape(-1, 1)
+        weights = (p.gate_up_proj[expert], p.down_proj[expert])
+        return _parts(*(t.to(dtype) for t in (p.x[index], s, p.dy[index], *weights)))
+
+    for t in tokens:
+        each = [of([t], [k], e) for k, e in enumerate(p.selected_experts[t].tolist())]
+        found["out"].append(sum(part["out"][0] for part in each))  # type: ignore[arg-type]
+        found["dx"].append(sum(part["dx"][0] for part in each))  # type: ignore[arg-type]
+        found["drouting_weights"].append(torch.stack([part["ds"][0] for part in each]))
+    for e in experts:
+        index, slot = (p.selected_experts == e).nonzero(as_tuple=True)
+        part = of(index, slot, e)
+        found["gate_up_proj"].append(part["up"])
+        found["down_proj"].append(part["down"])
+    return {name: torch.stack(values).cpu() for name, values in found.items() if values}
+
+
+def _check_samples(p: fused.Problem, flags: dict[str, bool], tokens: list[int], experts: list[int]) -> dict[str, float]:
+    """The rule on samples, everything finite; milliseconds of a step."""
+    leaves = [t.requires_grad_() for t in p.leaves]
+    o = options(flags, p.top_k)
+    plan = p.plan
+
+    def once() -> tuple[Tensor, tuple[Tensor, ...]]:
+        out, _ = compute_experts(leaves[0], leaves[1], plan, leaves[2], leaves[3], o)
+        return out, torch.autograd.grad(out, leaves, p.dy)
+
+    once()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    out, grads = once()
+    torch.cuda.synchronize()
+    ms = (time.perf_counter() - start) * 1e3
+    assert all(bool(t.isfinite().all()) for t in (out, *grads))
+    with torch.no_grad():
+        got = {
+            "out": out[tokens], "dx": grads[0][tokens], "drouting_weights": grads[1][tokens],
+            "gate_up_proj": grads[2][experts], "down_proj": grads[3][experts],
+        }  # fmt: skip
+        got = {name: tensor.detach().cpu() for name, tensor in got.items() if tensor.numel()}
+        eager, exact = (_sampled(p, tokens, experts, dtype) for dtype in (torch.bfloat16, torch.float64))
+    assert fused.Yardstick(exact, (eager,), torch.bfloat16).complaints(got) == []
+    return {"ms": round(ms, 2), "gibibytes": gibibytes()}
+
+
+QWEN = {
+    "30b": (ResolvedModel(2048, 768, 128, 8, True, "silu"), 4096),
+    "235b": (ResolvedModel(4096, 1536, 128, 8, True, "silu"), 2048),
+    "30b, few tokens": (ResolvedModel(2048, 768, 128, 8, True, "silu"), 64),
+}
+
+
+@pytest.mark.parametrize("name", QWEN)
+@pytest.mark.parametrize("flags", [COMBINATIONS[0], COMBINATIONS[15]], ids=flag_id)
+def test_qwen_sizes(name: str, flags: dict[str, bool]) -> None:
+    """Qwen3's real sizes under the shipped choice: 48 tokens and the busiest, idlest and last expert against float64."""
+    model, tokens = QWEN[name]
+    with alone():
+        p = _large(model, tokens)
+        counts = torch.bincount(p.selected_experts.flatten(), minlength=model.num_experts)
+        order = counts.argsort().tolist()
+        experts = sorted({order[0], order[-1], model.num_experts - 1})
+        measured = _check_samples(p, flags, [*range(0, tokens, max(1, tokens // 47)), tokens - 1], experts)
+        report("qwen", model=name, tokens=tokens, flags=flag_id(flags), **measured)
+        del p
+
+
+OVERFLOWS = {  # what passes 2^31 elements
+    "rows * 2I": (ResolvedModel(128, 1024, 8, 8, True, "silu"), 140_000),
+    "rows * H exactly": (ResolvedModel(2048, 64, 8, 8, True, "silu"), 131_072),
+    "rows * H and a token": (ResolvedModel(2048, 64, 8, 8, True, "silu"), 131_073),
+    "experts * 2I * H": (ResolvedModel(2112, 2048, 256, 2, True, "silu"), 64),
+}
+
+
+@pytest.mark.parametrize("name", OVERFLOWS)
+@pytest.mark.parametrize("flags", [COMBINATIONS[0], COMBINATIONS[15]], ids=flag_id)
+def test_addresses_beyond_32_bits(name: str, flags: dict[str, bool]) -> None:
+    """Finite everywhere and right at both ends: the first and last tokens, the first and last experts."""
+    model, tokens = OVERFLOWS[name]
+    with alone():
+        p = _large(model, tokens, last_expert_too=True)
+        ends = [*range(8), *range(tokens // 2, tokens // 2 + 8), *range(tokens - 8, tokens)]
+        measured = _check_samples(p, flags, ends, [0, model.num_experts - 1])
+        report("beyond 32 bits", size=name, flags=flag_id(flags), **measured)
+        del p
+
+
+# --- synchronisation, graphs, streams, devices ------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")  # that it is a prototype
+@by_flags
+def test_no_synchronisation(flags: dict[str, bool]) -> None:
+    """Neither a forward nor a backward asks the device for a number; tracing included."""
+    for trace in (False, True):
+        block, (x, dy) = block_of(**flags, trace=trace), tokens_of(64)
+        run = (lambda x: (block(x)[0].hidden_states,)) if trace else block  # type: ignore[misc]  # noqa: B023
+
+        def both(run: Any = run, x: Tensor = x, dy: Tensor = dy) -> None:
+            x = x.detach().requires_grad_()
+            run(x)[0].backward(dy)
+
+        both()  # compiles
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            both()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def _captured(run: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = run()
+    return graph, results
+
+
+@pytest.mark.parametrize("whole", ["forward", "step"])
+@by_edge
+def test_cuda_graph(flags: dict[str, bool], whole: str) -> None:
+    """Captured once, replayed with other tokens, so with another routing: the bits of an eager run each time."""
+    block, (x, dy) = block_of(**flags), tokens_of(96)
+    static = x.clone()
+
+    def run() -> list[Tensor]:
+        if whole == "step":
+            return step(block, static, dy)
+        with torch.no_grad():
+            return list(block(static))
+
+    graph, results = _captured(run)
+    for seed in (11, 12, 13):
+        other, _ = tokens_of(96, seed=seed)
+        other = other[:, :1].expand_as(other) if seed == 13 else other  # all tokens to the same experts
+        static.copy_(other)
+        graph.replay()
+        got = [t.clone() for t in results]
+        assert all(torch.equal(one, two) for one, two in zip(got, run(), strict=True))
+    report("cuda graph", flags=flag_id(flags), what=whole, ok=True)
+
+
+def test_streams() -> None:
+    """On a side stream behind slow work, and on two streams at once: the same bits as on the default stream."""
+    block = block_of()
+    inputs = [tokens_of(200, seed=seed) for seed in (21, 22)]
+    expected = [step(block, x, dy) for x, dy in inputs]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in inputs]
+    slow = torch.randn(4096, 4096, device="cuda")
+    torch.cuda.synchronize()
+    results: list[list[Tensor]] = [[], []]
+    for i, ((x, dy), stream) in enumerate(zip(inputs, streams, strict=True)):
+        with torch.cuda.stream(stream):
+            late = torch.empty_like(x)
+            for _ in range(10):
+                slow @ slow
+            late.copy_(x)  # not there before the products are through
+            results[i] = step(block, late, dy)
+    torch.cuda.synchronize()
+    for got, right in zip(results, expected, strict=True):
+        assert all(torch.equal(one, two) for one, two in zip(got, right, strict=True))
+
+
+@pytest.mark.skipif(not GPU or torch.cuda.device_count() < 2, reason="needs two GPUs")
+@by_edge
+def test_second_device(flags: dict[str, bool]) -> None:
+    """Tensors on cuda:1 while cuda:0 is current: kernels, streams and tables of the tensors' own device."""
+    expected = [t.cpu() for t in step(block_of(**flags), *tokens_of(50))]
+    with torch.cuda.device(0):
+        block = block_of(device="cuda:1", **flags)
+        got = step(block, *tokens_of(50, device="cuda:1"))
+        assert torch.cuda.current_device() == 0
+    assert all(t.device.index == 1 for t in got)
+    assert all(torch.equal(one.cpu(), other) for one, other in zip(got, expected, strict=True))
+
+
+# --- torch.compile ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore")  # Inductor's own
+@pytest.mark.parametrize("flags", [COMBINATIONS[0], COMBINATIONS[15]], ids=flag_id)
+def test_inductor(flags: dict[str, bool]) -> None:
+    """fullgraph with Inductor, tokens dynamic: bfloat16's rounding of eager, no graph break, few graphs."""
+    torch._dynamo.reset()
+    block = block_of(**flags)
+    compiled = torch.compile(block, fullgraph=True, dynamic=True)
+    start = time.perf_counter()
+    for count in (64, 40, 57):
+        x, dy = tokens_of(count)
+        found = []
+        for run in (block, compiled):
+            leaf = x.detach().requires_grad_()
+            out, _ = run(leaf)
+            found.append([out.detach(), *torch.autograd.grad(out, [leaf, *block.parameters()], dy)])
+        for one, other in zip(*found, strict=True):
+            assert (one - other).abs().max() <= 4 * torch.finfo(torch.bfloat16).eps * one.abs().max()
+    report("inductor", flags=flag_id(flags), seconds=round(time.perf_counter() - start, 1))
+
+
+# --- precision --------------------------------------------------------------------------------------------------------
+
+
+def test_float32_is_not_tf32() -> None:
+    """Sums of 2,048 terms: float32's error, a thousandth of what TF32's ten bits of mantissa would give."""
+    shape = Shape(64, 4, 2, 2048, 128)
+    p = fused.problem(shape, torch.float32)
+    got = fused.run(p, options(COMBINATIONS[0], 2), (False,) * 4)["out"].double()
+    wide = fused.exactly(p)["out"]
+    error = float((got - wide).abs().max() / wide.abs().max())
+    report("float32", error=error)
+    assert error < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_id)
+def test_many_tokens_of_small_tiles(dtype: torch.dtype) -> None:
+    """Thousands of tiles over every multiprocessor, with a hundred empty experts among them."""
+    shape = Shape(700, 157, 4, 64, 32, "gaps")
+    p = fused.problem(shape, dtype)
+    selected = p.selected_experts.clone()
+    selected[selected % 3 != 0] = 3
+    p = replace(p, selected_experts=selected)
+    got = fused.run(p, options(COMBINATIONS[0], 4, small_kernels()))
+    exact, eager = fused.exactly(p), fused.run_torch(p)
+    assert fused.Yardstick(exact, (eager,), dtype).complaints(got) == []

@@ -1,0 +1,166 @@
+"""Write the README's generated tables anew: options, presets, rules, times. ``--check`` only says whether they are.
+
+Each table stands between ``<!-- name:begin -->`` and ``<!-- name:end -->``. Options come from the schema, presets from
+``conf/``, rules from `moefactory.rules`, times from ``benchmarks/results/startup.json``: a number or a name is never
+typed into the README by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from dataclasses import fields
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+
+from moefactory.config import PASSES, MoeConfig
+from moefactory.matrix import config_from
+from moefactory.rules import RULES, make_case
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+STARTUP = ROOT / "benchmarks" / "results" / "startup.json"
+
+MEANINGS = {
+    "backend.name": "which implementation computes the experts",
+    "model.hidden_size": "H, the width of a token",
+    "model.moe_intermediate_size": "I, the width inside one expert",
+    "model.num_experts": "E",
+    "model.top_k": "K, experts per token",
+    "model.norm_topk_prob": "whether a token's K routing weights are divided by their sum",
+    "model.hidden_act": "the activation, by its name in transformers; backend triton knows silu",
+    "weights.source": "null: the live block that was given, else random weights",
+    "weights.seed": "of random weights; the same seed gives the same bits on every backend",
+    "weights.path": "folder of a safetensors checkpoint",
+    "weights.layer": "which layer of the checkpoint",
+    "permute_x": "the up GEMM gathers token rows itself: no permuted copy of X",
+    "permute_y": "the down GEMM scatters its rows to token order itself",
+    "fuse_swiglu": "the activation is the up GEMM's epilogue",
+    "fuse_combine": "one kernel unpermutes and sums",
+    "dW_only": "weight gradients only",
+    "dX_only": "the input's gradient only",
+    "autotune": "tuned kernel configs where the cache has them, the shipped table elsewhere; false: the shipped table",
+    "trace": "forward returns every intermediate",
+    "dtype": "null: the source's own, float32 for random weights",
+    "device": "null: the source's own, cpu for random weights",
+}
+
+
+def table(head: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
+    """A Markdown table."""
+    rows = [head, tuple("---" for _ in head), *lines]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
+
+
+def options() -> str:
+    """Every key of the schema but the kernels', and one table of those."""
+    schema: Any = OmegaConf.structured(MoeConfig)
+    lines = []
+    for key, meaning in MEANINGS.items():
+        node = schema
+        for part in key.split("."):
+            node = node._get_node(part)
+        lines.append((f"`moe.{key}`", f"`{_text(node._value())}`", _allowed(node), meaning))
+    kernels = []
+    for name, kind in PASSES.items():
+        keys = ", ".join(f"`{f.name}`" for f in fields(kind))
+        defaults = kind()
+        default = ", ".join(_text(getattr(defaults, f.name)) for f in fields(kind))
+        kernels.append((f"`moe.kernels.{name}`", keys, default))
+    return (
+        table(("key", "default", "allowed", "meaning"), lines)
+        + "\n\nKernel configs. `moe.kernels.fwd.block_m` holds for both GEMMs, `moe.kernels.fwd.up.block_m` for one.\n"
+        + "Nothing stated: the shipped choice. Stated in part: the rest takes the default.\n\n"
+        + table(("node", "keys", "defaults, in that order"), kernels)
+    )
+
+
+def _allowed(node: Any) -> str:
+    kind = node._metadata.ref_type
+    null = ", `null`" if node._metadata.optional else ""
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return ", ".join(f"`{member.name}`" for member in kind) + null
+    return {bool: "`true`, `false`", int: "an integer", str: "text"}[kind] + null
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, Enum):
+        return value.name
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def presets() -> str:
+    """Every group and option of ``conf/moe``, with the comment that opens its file or else what it states."""
+    lines = []
+    for group in sorted(p for p in (ROOT / "conf" / "moe").iterdir() if p.is_dir()):
+        for path in sorted(group.glob("*.yaml")):
+            text = path.read_text()
+            stated = ", ".join(f"{key}: {_text(value)}" for key, value in yaml.safe_load(text).items())
+            comment = re.match(r"# (.*)", text)
+            lines.append((f"`moe/{group.name}={path.stem}`", comment[1] if comment else f"`{stated}`"))
+    return table(("choice", "what it is"), lines)
+
+
+def rules() -> str:
+    """The table of rules, each with the smallest config that breaks it and the answer that it gets."""
+    lines = []
+    for rule in RULES:
+        example = [f"moe.{key}={_text(value)}" for key, value in rule.example.items()]
+        found = rule.broken(make_case(config_from(example)))
+        lines.append((f"`{rule.id}`", f"`{' '.join(example)}`", f"{found}; {rule.repair}"))
+    return table(("rule", "an example that breaks it", "the answer"), lines)
+
+
+def times() -> str:
+    """What starting costs, from the committed result."""
+    result = json.loads(STARTUP.read_text())
+    lines = [
+        (name, *(f"{seconds[key]:.4f}" if seconds["median"] < 0.1 else f"{seconds[key]:.2f}" for key in _COLUMNS))
+        for name, seconds in result["seconds"].items()
+    ]
+    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+    note = (
+        f"{result['repeats']} fresh processes each, {result['cores']} cores, no GPU, {result['system']}.\n{versions}."
+    )
+    made = f"Commit `{result['commit'][:12]}`, measured by `make startup`."
+    return f"{table(('seconds', *_COLUMNS), lines)}\n\n{note}\n{made}"
+
+
+_COLUMNS = ("median", "least", "most")
+TABLES = {"options": options, "presets": presets, "rules": rules, "times": times}
+
+
+def rewritten(text: str) -> str:
+    """The README's text with every generated part made anew. ValueError if a part's markers are missing."""
+    for name, make in TABLES.items():
+        pattern = rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)"
+        if not re.search(pattern, text, flags=re.DOTALL):
+            raise ValueError(f"README.md has no <!-- {name}:begin --> ... <!-- {name}:end -->")
+        made = make()
+        text = re.sub(pattern, lambda found, made=made: f"{found[1]}{made}\n{found[2]}", text, flags=re.DOTALL)
+    return text
+
+
+def main() -> int:
+    """Rewrite, or compare."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if the README is out of date")
+    check = parser.parse_args().check
+    old = README.read_text()
+    new = rewritten(old)
+    if check and new != old:
+        print("README.md is out of date: make docs", file=sys.stderr)
+        return 1
+    if not check:
+        README.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
