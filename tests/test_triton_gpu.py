@@ -331,7 +331,7 @@ QWEN = {
 @pytest.mark.parametrize("name", QWEN)
 @pytest.mark.parametrize("flags", [COMBINATIONS[0], COMBINATIONS[15]], ids=flag_id)
 def test_qwen_sizes(name: str, flags: dict[str, bool]) -> None:
-    """Qwen3's real sizes under the shipped choice: 48 tokens and the busiest, idlest and last expert against float64."""
+    """Qwen3's real sizes, shipped choice: 48 tokens and the busiest, idlest and last expert against float64."""
     model, tokens = QWEN[name]
     with alone():
         p = _large(model, tokens)
