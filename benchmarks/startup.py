@@ -18,6 +18,8 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+from moefactory.provenance import commit
+
 ROOT = Path(__file__).parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "startup.json"
 
@@ -83,17 +85,11 @@ def measure(repeats: int) -> dict[str, dict[str, float]]:
     return table
 
 
-def provenance() -> dict[str, object]:
+def origin() -> dict[str, object]:
     """Versions, commit and the kind of machine: no name, no path."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-
     names = ("moefactory", "torch", "triton", "transformers", "hydra-core", "omegaconf")
-    changed = git("status", "--porcelain", "--", "moefactory", "conf", "hydra_plugins")
     return {
-        "commit": git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(changed),
+        "commit": commit(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in names}},
         "cores": os.cpu_count(),
         "system": f"{platform.system()} {platform.machine()}",
@@ -106,7 +102,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7, help="fresh processes per step")
     parser.add_argument("--output", type=Path, default=RESULT, help="where the JSON goes")
     options = parser.parse_args()
-    result = {**provenance(), "repeats": options.repeats, "seconds": measure(options.repeats)}
+    result = {**origin(), "repeats": options.repeats, "seconds": measure(options.repeats)}
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(result, indent=2) + "\n")
 

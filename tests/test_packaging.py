@@ -243,21 +243,18 @@ print((dict(os.environ), list(logging.root.handlers), logging.root.level) == bef
 # ---------------------------------------------------------------- which module may import which
 
 LAYERS = (
-    ("_version", "config", "covering", "progress"),
-    ("rules", "schema", "measure", "plot"),
+    ("_version", "config", "covering", "progress", "report"),
+    ("rules", "schema", "refusals"),
     ("routing",),
     ("reference", "triton", "machine"),
-    ("matrix",),
-    ("weights",),
+    ("weights", "matrix", "measure", "plot"),
     ("block",),
     ("factory",),
-    ("numerics", "describe", "peers"),
-    ("check", "provenance"),
-    ("refusals", "report", "compose"),
-    ("bench_rows",),
+    ("numerics", "peers", "describe"),
+    ("check", "provenance", "bench_rows"),
     ("bench_report", "bench_sweep"),
-    ("tune", "bench"),
-    ("usage", "cli"),
+    ("bench", "tune", "compose"),
+    ("cli", "usage"),
     ("__main__",),
 )
 RANK = {module: rank for rank, modules in enumerate(LAYERS) for module in modules}

@@ -170,6 +170,9 @@ def test_fake_agrees_with_real_on_wide_routing_weights(wide: torch.dtype) -> Non
     arguments = (p.dy, x, s.to(wide), up, down, h, *indices, text, [True] * 4)
     torch.library.opcheck(ops.experts_backward, arguments, test_utils="test_faketensor")
     assert ops.experts_backward(*arguments)[1].dtype == wide
+    for flags in COMBINATIONS:
+        out, _ = compute_experts(p.x, s.to(wide), p.plan, up, down, options(flags, 2))
+        assert out.dtype == torch.bfloat16
 
 
 # --- compile ----------------------------------------------------------------------------------------------------------
@@ -199,10 +202,10 @@ def test_compiled_without_a_graph_break(flags: dict[str, bool]) -> None:
     compiled = torch.compile(block, backend=backend, fullgraph=True, dynamic=True)
     for tokens in (9, 6, 13):
         x, dy = block_data(tokens)
+        with record_launches() as names:  # compiled first: nothing may rely on an eager call before
+            got = step(compiled, block, x, dy)
         with record_launches() as eager_names:
-            expected = step(block, block, x, dy)
-        with record_launches() as names:
-            assert differing(step(compiled, block, x, dy), expected) == []
+            assert differing(got, step(block, block, x, dy)) == []
         assert names == eager_names
     assert len(graphs) == 1
 
@@ -217,10 +220,31 @@ def test_compiled_flags(only: str) -> None:
         out, logits = block(x)
         return getattr(out, "hidden_states", out), logits
 
-    expected = step(run, block, x, dy)
     compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
-    assert differing(step(compiled, block, x, dy), expected) == []
+    got = step(compiled, block, x, dy)
+    expected = step(run, block, x, dy)
+    assert differing(got, expected) == []
     assert ("dx" in expected, "gate" in expected) == (only != "dW_only", only != "dX_only")
+
+
+def test_exported() -> None:
+    """torch.export with the number of tokens dynamic: the operators are in the graph, the bits are the eager ones."""
+    block = fused_block()
+    count = torch.export.Dim("tokens", min=2, max=4096)
+    program = torch.export.export(block, (block_data(5)[0],), dynamic_shapes=({1: count},), strict=False)
+    assert "moefactory.experts_forward" in str(program.graph)
+    x, _ = block_data(9)
+    assert torch.equal(program.module()(x)[0], block(x)[0])
+
+
+def test_compiled_under_autocast() -> None:
+    torch._dynamo.reset()
+    block = fused_block()
+    x, _ = block_data(7)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        out = torch.compile(block, backend="aot_eager", fullgraph=True)(x)[0]
+        assert torch.equal(out, block(x)[0])
+    assert out.dtype == torch.bfloat16
 
 
 def test_compiled_without_gradients() -> None:
@@ -229,10 +253,10 @@ def test_compiled_without_gradients() -> None:
     block = fused_block()
     compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
     x, _ = block_data(7)
-    expected = block(x)[0]
     for mode in (torch.no_grad, torch.inference_mode):
         with mode(), record_launches() as names:
-            assert torch.equal(compiled(x)[0], expected)
+            out = compiled(x)[0]
+        assert torch.equal(out, block(x)[0])
         assert "forward_up" in names
 
 
@@ -247,10 +271,19 @@ def test_second_derivative_is_refused() -> None:
         (grad,) = torch.autograd.grad(block(x)[0].pow(power).sum(), x, create_graph=True)
         with pytest.raises(RuntimeError, match="moefactory: the triton backend has no second derivative; choose moe/"):
             grad.sum().backward()
-    weights = fused_block(dX_only=True)
-    (grad,) = torch.autograd.grad(weights(x)[0].sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        grad.sum().backward()
+
+
+@by_edge
+def test_second_derivative_of_each_operator_is_refused(flags: dict[str, bool]) -> None:
+    """The experts without the router, and the router without the experts."""
+    p = fused.problem(Shape(6, 3, 2, 20, 12), torch.float32).to(DEVICE)
+    x, s, up, down = leaves_of(p)
+    logits = torch.randn(6, 5, device=DEVICE).requires_grad_()
+    out = compute_experts(x, s, p.plan, up, down, options(flags, 2))[0]
+    for result, leaf in ((out, x), (router.top_k_softmax(logits, 2, True)[0], logits)):
+        (grad,) = torch.autograd.grad(result.square().sum(), leaf, create_graph=True)
+        with pytest.raises(RuntimeError, match="moefactory: the triton backend has no second derivative"):
+            grad.sum().backward()
 
 
 FORWARD_MODE = ("x", *WEIGHTS)

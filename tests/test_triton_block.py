@@ -190,7 +190,8 @@ def test_each_legal_row_of_the_matrix(row: matrix.Row, folder: Path) -> None:
 
 # --- the experts: dtypes, edges ---------------------------------------------------------------------------------------
 
-ODD = Shape(19, 3, 2, 50, 47)  # no size is a multiple of a block; 50 of float16 is no multiple of 16 bytes
+# No size is a multiple of a block; 50 of float16 is no multiple of 16 bytes; three addends show their order.
+ODD = Shape(13, 4, 3, 50, 47)
 
 
 @by_dtype
@@ -262,7 +263,11 @@ def test_tma_flags_in_every_dtype(dtype: torch.dtype) -> None:
     for flags in EDGE_FLAGS:
         by_tma = options(flags, shape.top_k, fused.tma_kernels(flags))
         plain = fused.run(fused.problem(shape, dtype), options(flags, shape.top_k, small_kernels()))
-        assert differing(fused.run(fused.problem(shape, dtype), by_tma), plain) == []
+        got = fused.run(fused.problem(shape, dtype), by_tma)
+        if GPU and dtype is not torch.float32:  # a compiler may lay out a tensor core's product differently
+            assert fused.yardstick(shape, dtype).complaints(got) == []
+        else:
+            assert differing(got, plain) == []
 
 
 # --- flags against each other -----------------------------------------------------------------------------------------
@@ -391,6 +396,9 @@ def test_trace(flags: dict[str, bool], dtype: torch.dtype) -> None:
         assert got.dtype == dtype
         bound = 2 * (low.double() - right).abs().max() + 8 * torch.finfo(dtype).eps * right.abs().max()
         assert (got.double() - right).abs().max() <= bound, field.name
+    for name in ("first_gemm", "intermediate", "second_gemm", "hidden_states_unpermute"):
+        assert not getattr(result, name).requires_grad  # their gradients would be lost without a word
+    assert result.hidden_states.requires_grad
     plain, same_logits = fused_block(dtype=dtype, **flags)(x)
     assert torch.equal(plain, result.hidden_states)
     assert torch.equal(logits, same_logits)

@@ -437,6 +437,14 @@ def test_plan(shape: Shape) -> None:
     assert got.top_k == expected.top_k
 
 
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int32, torch.uint8], ids=dtype_id)
+def test_plan_of_other_integers(dtype: torch.dtype) -> None:
+    """Any integers in any layout are ids."""
+    ids = torch.tensor([[0, 3], [2, 1], [5, 200]])
+    got = fused_plan(ids.to(DEVICE, dtype).T.contiguous().T, 4)
+    assert torch.equal(got.gather_indices.cpu(), make_plan(ids, 4).gather_indices)
+
+
 @pytest.mark.interpreter
 def test_plan_with_many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The prefix over blocks walks more than one step; every element is written once."""

@@ -365,7 +365,7 @@ def test_the_sparse_layers_are_named(folder: Path, dense: list[int], step: int, 
 
 def test_paths_and_dtypes_that_cannot_be_are_refused(folder: Path, tmp_path: Path) -> None:
     for path, message in (
-        (tmp_path / "absent", "absent' does not exist; needed: a local folder"),
+        (tmp_path / "absent", "does not exist; needed: a local folder"),
         ("Qwen/Qwen3-30B-A3B", "nothing is downloaded"),
         (folder / "config.json", "is a file; needed: the folder"),
         ("a\0b", "does not exist"),

@@ -1,8 +1,8 @@
-"""Write the README's generated tables anew: options, presets, rules, times. ``--check`` only says whether they are.
+"""Write the README's generated tables anew: options, presets, rules, times, speed. ``--check`` changes nothing.
 
 Each table stands between ``<!-- name:begin -->`` and ``<!-- name:end -->``. Options come from the schema, presets from
-``conf/``, rules from `moefactory.rules`, times from ``benchmarks/results/startup.json``: a number or a name is never
-typed into the README by hand.
+``conf/``, rules from `moefactory.rules`, times and speed from ``benchmarks/results``: a number or a name is never typed
+into the README by hand.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from moefactory.rules import RULES, make_case
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 STARTUP = ROOT / "benchmarks" / "results" / "startup.json"
+BLOCK = ROOT / "benchmarks" / "results" / "block.json"
 
 MEANINGS = {
     "backend.name": "which implementation computes the experts",
@@ -128,12 +129,27 @@ def times() -> str:
     note = (
         f"{result['repeats']} fresh processes each, {result['cores']} cores, no GPU, {result['system']}.\n{versions}."
     )
-    made = f"Commit `{result['commit'][:12]}`, measured by `make startup`."
+    made = f"Commit `{result['commit']}`, measured by `make startup`."
     return f"{table(('seconds', *_COLUMNS), lines)}\n\n{note}\n{made}"
 
 
+def speed() -> str:
+    """The block on a GPU, from the committed result of ``benchmarks/block.py``."""
+    result = json.loads(BLOCK.read_text())
+    head = ("model", "tokens", "forward ms", "share", "step ms", "share", "held MiB", "peak of a step MiB")
+    lines = [
+        (
+            row["model"], f"{row['tokens']:,}", f"{row['forward_ms']:.3f}", f"{row['forward_share']:.2f}",
+            f"{row['step_ms']:.3f}", f"{row['step_share']:.2f}", f"{row['held_mib']:.0f}", f"{row['peak_mib']:.0f}",
+        )
+        for row in result["rows"]
+    ]  # fmt: skip
+    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items() if name != "commit")
+    return f"{table(head, lines)}\n\n{versions}, commit `{result['versions']['commit']}`."
+
+
 _COLUMNS = ("median", "least", "most")
-TABLES = {"options": options, "presets": presets, "rules": rules, "times": times}
+TABLES = {"options": options, "presets": presets, "rules": rules, "times": times, "speed": speed}
 
 
 def rewritten(text: str) -> str:

@@ -65,7 +65,7 @@ def keep(launch: Launch, device: torch.device, result: Result) -> None:
 def key_of(launch: Launch, choices: Sequence[KernelConfig]) -> dict[str, Any]:
     """What a result depends on besides the environment: the launch, and the list that it was chosen from."""
     own = {f.name: getattr(launch, f.name) for f in fields(launch) if f.name != "options"}
-    flags = {f.name: getattr(launch.options, f.name) for f in fields(launch.options)}
+    flags = {f.name: getattr(launch.options, f.name) for f in fields(launch.options) if f.init}
     del flags["kernels"], flags["autotune"]  # stated configs are not looked up, nor is anything without autotune
     listed = cache.digest([asdict(config) for config in choices])
     return {**own, "dtype": launch.dtype.value, **flags, "candidates": listed}

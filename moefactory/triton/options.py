@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any
 
 from ..config import GEMMS, PASSES, KernelConfig
@@ -18,6 +18,7 @@ class FusedOptions:
         top_k: K.
         permute_x, permute_y, fuse_swiglu, fuse_combine, autotune: as in `MoeConfig`.
         kernels: (pass, gemm, config) of every stated kernel config.
+        text: all of them as JSON.
     """
 
     top_k: int
@@ -27,16 +28,16 @@ class FusedOptions:
     fuse_combine: bool = True
     autotune: bool = True
     kernels: tuple[tuple[str, str, KernelConfig], ...] = field(default=())
+    text: str = field(init=False, repr=False, compare=False)
 
     def stated(self, pass_name: str, gemm: str) -> KernelConfig | None:
         """The stated config of a launch, if any."""
         return next((c for p, g, c in self.kernels if (p, g) == (pass_name, gemm)), None)
 
-    @cached_property
-    def text(self) -> str:
-        """The options as JSON."""
+    def __post_init__(self) -> None:
         plain: dict[str, Any] = {k: v for k, v in self.__dict__.items() if k not in {"kernels", "text"}}
-        return json.dumps({**plain, "kernels": [[p, g, asdict(c)] for p, g, c in self.kernels]}, sort_keys=True)
+        text = json.dumps({**plain, "kernels": [[p, g, asdict(c)] for p, g, c in self.kernels]}, sort_keys=True)
+        object.__setattr__(self, "text", text)  # frozen; made now, since Dynamo cannot trace a cached_property's lock
 
 
 @lru_cache(maxsize=256)
