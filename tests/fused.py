@@ -84,7 +84,7 @@ def small_kernels(m: int = 16, n: int = 32, k: int = 32, **more: Any) -> Kernels
     )
 
 
-def tma_kernels(flags: dict[str, bool], item_size: int = 4, stages: int = 2) -> Kernels:
+def tma_kernels(flags: dict[str, bool], stages: int = 2) -> Kernels:
     """Small tiles with every TMA flag that the rules allow beside these permute flags."""
     x, y, swiglu = flags["permute_x"], flags["permute_y"], flags["fuse_swiglu"]
     tile: dict[str, Any] = {"block_m": 16, "block_n": 32, "block_k": 32, "num_stages": stages}

@@ -590,9 +590,10 @@ def test_inherited_methods() -> None:
     ours.load_state_dict(plain.state_dict())
 
 
-@pytest.mark.parametrize(
-    "ids", [torch.zeros(3, 2), torch.zeros(6, dtype=torch.int64), torch.ones(3, 2, dtype=torch.bool)]
-)
+BAD_IDS = {"floats": torch.zeros(3, 2), "one dimension": torch.zeros(6).long(), "bools": torch.ones(3, 2).bool()}
+
+
+@pytest.mark.parametrize("ids", BAD_IDS.values(), ids=BAD_IDS)
 def test_bad_expert_ids_are_refused_by_the_inherited_method(ids: Tensor) -> None:
     """As the torch block refuses them: the kernels would read them as integers of some kind."""
     with pytest.raises(ValueError, match=r"selected_experts: got .*; needed: integers of shape \[T, K\]"):
