@@ -1,0 +1,81 @@
+"""Run the GPU tests and write down what passed: `python benchmarks/gpu_tests.py OUT.json [pytest arguments]`.
+
+Names of every case by file, the outcomes, what the tests measured themselves, and the sanitizers' verdicts
+(`benchmarks/sanitize.py`) unless the arguments contain `--no-sanitizer`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+
+from kernels import versions
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = ("tests/test_triton_*.py", "tests/test_tuning*.py", "tests/test_bench.py", "tests/test_tune_verb.py")
+OUTCOME = re.compile(r"(PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS) (tests/\S+?\.py)::(.*?) *$")
+
+
+def parsed(log: str) -> dict[str, dict[str, list[str]]]:
+    """outcome -> file -> names of the cases, from pytest's verbose output."""
+    found: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for line in log.splitlines():
+        if match := OUTCOME.search(line):
+            found[match[1].lower()][match[2]].add(match[3])
+    return {outcome: {file: sorted(names) for file, names in files.items()} for outcome, files in found.items()}
+
+
+def sanitizers() -> dict[str, str]:
+    script = str(ROOT / "benchmarks" / "sanitize.py")
+    subprocess.run([sys.executable, script], check=True)  # compiles outside the tool, which is slow
+    verdicts = {}
+    for tool in ("memcheck", "racecheck"):
+        done = subprocess.run(
+            ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, script],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        summary = [line.strip("= ") for line in done.stdout.splitlines() if "SUMMARY" in line]
+        verdicts[tool] = f"exit code {done.returncode}; {'; '.join(summary) or 'no summary'}"
+    return verdicts
+
+
+def main() -> int:
+    out, *arguments = sys.argv[1:]
+    sanitize = "--no-sanitizer" not in arguments
+    arguments = [argument for argument in arguments if argument != "--no-sanitizer"]
+    files = sorted(str(path.relative_to(ROOT)) for pattern in FILES for path in ROOT.glob(pattern))
+    with tempfile.TemporaryDirectory() as folder:
+        measured = Path(folder) / "report.jsonl"
+        environment = {**os.environ, "MOEFACTORY_TEST_GPU": "1", "MOEFACTORY_GPU_REPORT": str(measured)}
+        command = [sys.executable, "-m", "pytest", "-v", "-p", "no:benchmark", "-p", "no:cacheprovider", "--tb=short"]
+        lines: list[str] = []
+        with subprocess.Popen(
+            [*command, *arguments, *files], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+        ) as run:
+            assert run.stdout is not None
+            for line in run.stdout:
+                lines.append(line)
+                if "PASSED" not in line and "::" not in line[:8]:
+                    print(line, end="", flush=True)
+        figures = [json.loads(line) for line in measured.read_text().splitlines()] if measured.exists() else []
+    outcomes = parsed("".join(lines))
+    record = {
+        "versions": versions(),
+        "summary": next((line.strip("= \n") for line in reversed(lines) if " in " in line and "=" in line), None),
+        "counts": {outcome: sum(map(len, files.values())) for outcome, files in outcomes.items()},
+        "sanitizer": sanitizers() if sanitize else None,
+        "measured": figures,
+        **outcomes,
+    }
+    Path(out).write_text(json.dumps(record, indent=1) + "\n")
+    return run.returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
