@@ -113,6 +113,9 @@ class KernelTiles:
     block_m counts rows, block_n output features, block_k input features, in elements. ``flatten`` makes one loop of a
     program's tiles, so that the loads of the next start under the last steps of this one. ``use_tma_*`` moves that
     operand with Hopper's tensor memory accelerator, which cannot follow an index: see the rules on the permute flags.
+
+    ``warp_specialize`` runs another kernel, for Hopper alone: four warps load, eight multiply, and what is in expert order
+    moves by TMA, loads and stores. Its tiles are few, see the rule, and it leaves ``flatten`` and ``use_tma_*`` at false.
     """
 
     block_m: int = 64
@@ -121,6 +124,7 @@ class KernelTiles:
     num_warps: int = 4
     num_stages: int = 3
     flatten: bool = False
+    warp_specialize: bool = False
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from importlib.util import find_spec
 
-from .config import Backend, DType, MoeConfig, resolve_kernels
+from .config import Backend, DType, KernelConfig, MoeConfig, resolve_kernels
+from .rules import tma_flags
 
 
 def interpreting() -> bool:
@@ -42,7 +43,13 @@ def _why_not_triton(config: MoeConfig, kind: str) -> str | None:
 
 
 def _why_not_interpreted(config: MoeConfig) -> str | None:
-    """Triton's own interpreter truncates casts to bfloat16 and multiplies its bit patterns (3.6 to 3.9)."""
+    """Triton's own interpreter truncates casts to bfloat16 and multiplies its bit patterns (3.6 to 3.9).
+
+    It does not know Gluon, in which the warp-specialised kernels are written.
+    """
+    for key, kernel in _stated(config):
+        if kernel.warp_specialize:
+            return f"{key}.warp_specialize=true needs a GPU: its kernel is compiled only, Triton does not interpret it"
     if config.dtype is not DType.bfloat16:
         return None
     from .triton.launch import bfloat16_is_rounded
@@ -53,13 +60,20 @@ def _why_not_interpreted(config: MoeConfig) -> str | None:
 
 
 def _why_not_tma(config: MoeConfig) -> str | None:
-    """TMA came with Hopper (compute capability 9.0)."""
+    """TMA came with Hopper (compute capability 9.0), and the specialised kernels use what only Hopper has."""
     import torch
 
     capability = torch.cuda.get_device_capability(config.device)
-    for (pass_name, gemm), kernel in resolve_kernels(config.kernels).configs.items():
-        used = [name for name in vars(kernel) if name.startswith("use_tma") and getattr(kernel, name)] if kernel else []
-        if used and capability < (9, 0):
-            key = f"kernels.{pass_name}.{gemm}.{used[0]}"
-            return f"{key}=true needs compute capability 9.0, this GPU has {capability[0]}.{capability[1]}"
+    for key, kernel in _stated(config):
+        used = [name for name in tma_flags(kernel) if getattr(kernel, name) and capability < (9, 0)]
+        used += ["warp_specialize"] if kernel.warp_specialize and capability != (9, 0) else []
+        if used:
+            needs = f"{key}.{used[0]}=true needs compute capability 9.0"
+            return f"{needs}, this GPU has {capability[0]}.{capability[1]}"
     return None
+
+
+def _stated(config: MoeConfig) -> list[tuple[str, KernelConfig]]:
+    """(key, config) of every stated kernel config."""
+    configs = resolve_kernels(config.kernels).configs.items()
+    return [(f"kernels.{pass_name}.{gemm}", kernel) for (pass_name, gemm), kernel in configs if kernel is not None]

@@ -29,6 +29,11 @@ from .config import (
 
 MAX_SHARED_MEMORY = 232_448  # bytes a program may take on the largest GPU we know (Hopper, 227 KiB)
 MAX_BLOCK = 256
+SPECIALIZED_TILES = {  # (block_m, block_n, block_k) of the warp-specialised kernels
+    "fwd": ((128, 256, 64),),
+    "bwd_dX": ((128, 64, 256),),
+    "bwd_dW": ((64, 128, 256), (64, 256, 128)),
+}
 TRITON_ACTIVATIONS = ("silu",)
 
 
@@ -146,13 +151,38 @@ def _swiglu_store(case: Case) -> str | None:
     return None
 
 
+def _specialized(case: Case) -> str | None:
+    def check(key: str, config: KernelConfig) -> str | None:
+        if not config.warp_specialize:
+            return None
+        if case.dtype is not None and case.dtype.itemsize != 2:
+            return f"{key}.warp_specialize=true in {case.dtype.name}"
+        pass_name = key.split(".")[1]
+        tile = config.block_m, config.block_n, config.block_k
+        stages = range(2, 4) if pass_name == "bwd_dW" else range(3, 5)
+        flags = [f for f in ("flatten", *tma_flags(config)) if getattr(config, f)]
+        if flags:
+            return f"{key}.warp_specialize=true with {flags[0]}=true"
+        if tile not in SPECIALIZED_TILES[pass_name] or config.num_warps != 8 or config.num_stages not in stages:
+            stated = f"tile {'x'.join(map(str, tile))}, num_warps={config.num_warps}, num_stages={config.num_stages}"
+            return f"{key}.warp_specialize=true with {stated}"
+        return None
+
+    return _each_kernel(case, check)
+
+
+def tma_flags(config: KernelConfig) -> list[str]:
+    """The names of a kernel config's TMA flags."""
+    return [name for name in config.__dataclass_fields__ if name.startswith("use_tma")]
+
+
 def _alignment(case: Case) -> str | None:
     model, dtype = case.model, case.dtype
     if dtype is None:
         return None
 
     def check(key: str, config: KernelConfig) -> str | None:
-        used = [f for f in config.__dataclass_fields__ if f.startswith("use_tma") and getattr(config, f)]
+        used = [f for f in (*tma_flags(config), "warp_specialize") if getattr(config, f)]
         sizes = {"hidden_size": model.hidden_size, "moe_intermediate_size": model.moe_intermediate_size}
         for name, size in sizes.items():
             if used and size is not None and size * dtype.itemsize % 16:
@@ -164,10 +194,11 @@ def _alignment(case: Case) -> str | None:
 
 
 def shared_memory(pass_name: str, config: KernelConfig, dtype: DType) -> int:
-    """Bytes of shared memory that the operand buffers of one program take: stages times both tiles."""
+    """Bytes of shared memory that a program's buffers take: stages times both tiles, and what is staged apart."""
     m, n, k = config.block_m, config.block_n, config.block_k
     elements = {"fwd": m * k + n * k, "bwd_dX": m * n + n * k, "bwd_dW": m * n + m * k}[pass_name]
-    return config.num_stages * elements * dtype.itemsize
+    staged = n * k if pass_name == "bwd_dW" and config.warp_specialize else 0
+    return (config.num_stages * elements + staged) * dtype.itemsize
 
 
 def _shared_memory(case: Case) -> str | None:
@@ -224,6 +255,12 @@ def _seed(case: Case) -> str | None:
     return f"weights.seed={case.config.weights.seed}" if not 0 <= case.config.weights.seed < 2**32 else None
 
 
+def _tiles_in_words() -> str:
+    """The tiles and stages of the specialised kernels, for a message."""
+    words = {p: " or ".join("x".join(map(str, tile)) for tile in tiles) for p, tiles in SPECIALIZED_TILES.items()}
+    return f"{words['fwd']} (fwd), {words['bwd_dX']} (bwd_dX), num_stages 3 or 4, {words['bwd_dW']} (bwd_dW), 2 or 3,"
+
+
 _KERNEL_KEYS = tuple(f"kernels.{p}.{g}" for p in PASSES for g in GEMMS)
 _MODEL_KEYS = ("model.hidden_size", "model.moe_intermediate_size")
 
@@ -244,6 +281,11 @@ RULES: tuple[Rule, ...] = (
     Rule("swiglu-dX-store", ("fuse_swiglu", "kernels.bwd_dX.down.use_tma_store"), _swiglu_store,
          "set fuse_swiglu=false or kernels.bwd_dX.down.use_tma_store=false",
          _explicit(("kernels.bwd_dX.down.use_tma_store", True)), {"fuse_swiglu": False}),
+    Rule("warp-specialize", ("dtype", *_KERNEL_KEYS), _specialized,
+         "a specialised kernel computes bfloat16 or float16 with num_warps=8 and a tile of "
+         f"{_tiles_in_words()} and leaves flatten and use_tma_* alone",
+         _explicit(("dtype", "bfloat16"), ("kernels.fwd.warp_specialize", True)),
+         {"kernels.fwd.block_m": 128, "kernels.fwd.block_n": 256, "kernels.fwd.num_warps": 8}),
     Rule("tile-size", _KERNEL_KEYS, lambda case: _each_kernel(case, _tile),
          f"block_m, block_n and block_k are powers of two from 16 to {MAX_BLOCK}",
          _explicit(("kernels.fwd.block_m", 33)), {"kernels.fwd.block_m": 32}),

@@ -145,6 +145,11 @@ def dW_gemm(
     dw = torch.empty(num_experts, n, k, dtype=x.dtype, device=x.device)
     if not rows.gather_indices.shape[0]:
         return dw.zero_()  # no rows, no addresses to give to a kernel
+    if config.warp_specialize:
+        from .specialized_dW import specialized_dW
+
+        specialized_dW(dy, x, rows, config, dw, dy_divisor=dy_divisor, x_divisor=x_divisor)
+        return dw
     dy_arg: Any = descriptor(dy, [config.block_m, config.block_n]) if config.use_tma_load_dy else dy
     x_arg: Any = descriptor(x, [config.block_m, config.block_k]) if config.use_tma_load_x else x
     dw_desc: Any = descriptor(dw, [1, config.block_n, config.block_k]) if config.use_tma_store else dw

@@ -203,7 +203,11 @@ def dX_gemm(
     """dx [T*K,K] of dy [.,N]; `dy_divisor` d > 0 reads dy's row gather_indices // d; `scatter`: to token order."""
     m, k = rows.gather_indices.shape[0], weight.shape[2]
     dx = torch.empty(m, k, dtype=dy.dtype, device=dy.device)
-    if m:
+    if m and config.warp_specialize:
+        from .specialized_rows import specialized_dX
+
+        specialized_dX(dy, weight, rows, config, dx, dy_divisor=dy_divisor, scatter=scatter)
+    elif m:
         dx_desc = descriptor(dx, [config.block_m, config.block_k]) if config.use_tma_store else dx
         flags = {"SCATTER": scatter, "DSWIGLU": False, "HAS_WEIGHTS": False}
         _launch_dX("dX", dy, weight, rows, config, (dx, dx_desc, dx, dx, dx, dx), dy_divisor=dy_divisor, **flags)
@@ -226,7 +230,11 @@ def dX_gemm_dswiglu(
     dh = torch.empty(m, 2 * i, dtype=dy.dtype, device=dy.device)
     scaled_a = torch.empty(m, i, dtype=dy.dtype, device=dy.device)
     ds = torch.empty(triton.cdiv(i, config.block_k), m, dtype=wide, device=dy.device)
-    if m:
+    if m and config.warp_specialize:
+        from .specialized_rows import specialized_dX_dswiglu
+
+        specialized_dX_dswiglu(dy, weight, h, routing_weights, rows, config, dh, scaled_a, ds, dy_divisor=dy_divisor)
+    elif m:
         weights = h if routing_weights is None else routing_weights
         flags = {"SCATTER": False, "DSWIGLU": True, "HAS_WEIGHTS": routing_weights is not None}
         outputs = (dh, dh, h, scaled_a, ds, weights)

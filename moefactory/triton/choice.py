@@ -14,6 +14,8 @@ from ..rules import MAX_SHARED_MEMORY, shared_memory
 from .launch import interpreting
 from .options import FusedOptions
 
+SPECIALIZED_ROWS = 128  # rows per expert (a power of two) from which the warp-specialised kernels are shipped
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -50,9 +52,13 @@ class Launch:
             ("bwd_dW", "up", "use_tma_load_x"): o.permute_x,
             ("bwd_dW", "down", "use_tma_load_dy"): o.permute_y,
         }
+        return self.whole_rows and not forbidden.get((self.pass_name, self.gemm, flag), False)
+
+    @property
+    def whole_rows(self) -> bool:
+        """Whether every row starts at a multiple of 16 bytes, as TMA needs."""
         widths = (self.k, self.n, self.n // 2 if self.gemm == "up" else self.n)
-        aligned = all(width * self.dtype.itemsize % 16 == 0 for width in widths)
-        return self.aligned and aligned and not forbidden.get((self.pass_name, self.gemm, flag), False)
+        return self.aligned and all(width * self.dtype.itemsize % 16 == 0 for width in widths)
 
 
 def bucket(rows: int, experts: int) -> int:
@@ -125,6 +131,8 @@ def _gpu_tiles(launch: Launch, capability: int) -> dict[str, Any]:
     rows = launch.rows_per_expert
     if launch.dtype.itemsize > 2:
         return {"block_m": 64 if rows > 32 else 16, "block_n": 64, "block_k": 32, "num_warps": 4, "num_stages": 2}
+    if capability == 90 and rows >= SPECIALIZED_ROWS and launch.whole_rows:
+        return _specialized(launch)
     if capability < 90:
         tiles = {"block_m": min(64, max(16, rows)), "block_n": 128, "block_k": 64, "num_warps": 4, "num_stages": 3}
     elif launch.pass_name == "bwd_dW":
@@ -132,6 +140,18 @@ def _gpu_tiles(launch: Launch, capability: int) -> dict[str, Any]:
     else:
         tiles = _hopper_few_rows(launch) if rows <= 64 else _hopper_rows(launch)
     return {**tiles, **_tma_loads(launch, capability)}
+
+
+def _specialized(launch: Launch) -> dict[str, Any]:
+    """The warp-specialised kernel; in dW the operand that is reached through an index takes the narrow side."""
+    wide = {"block_m": 64, "block_n": 256, "block_k": 128, "num_stages": 3}
+    tall = {"block_m": 64, "block_n": 128, "block_k": 256, "num_stages": 3}
+    tiles = {
+        "fwd": {"block_m": 128, "block_n": 256, "block_k": 64, "num_stages": 4},
+        "bwd_dX": {"block_m": 128, "block_n": 64, "block_k": 256, "num_stages": 4},
+        "bwd_dW": wide if launch.gemm == "up" else tall,
+    }[launch.pass_name]
+    return {**tiles, "num_warps": 8, "warp_specialize": True}
 
 
 def _tma_loads(launch: Launch, capability: int) -> dict[str, Any]:

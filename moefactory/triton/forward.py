@@ -176,6 +176,12 @@ def forward_gemm(
     h = torch.empty(m, n, dtype=x.dtype, device=x.device) if swiglu and store_h else None
     if not m:
         return y, h
+    if config.warp_specialize:
+        from .specialized_rows import specialized_forward
+
+        fused = {"permute_x": permute_x, "permute_y": permute_y, "swiglu": swiglu}
+        specialized_forward(x, weight, rows, config, y, h, **fused)
+        return y, h
     out_n = config.block_n // 2 if swiglu else config.block_n
     x_arg: Any = descriptor(x, [config.block_m, config.block_k]) if config.use_tma_load_x else x
     w_arg: Any = weight
@@ -208,8 +214,8 @@ def forward_gemm(
 def kernel_arguments(config: Any) -> dict[str, Any]:
     """A kernel config as launch arguments: constexprs in capitals, num_warps and num_stages as Triton names them.
 
-    ``gather_first`` is not the kernel's: it decides what the kernel is given.
+    ``gather_first`` is not the kernel's: it decides what the kernel is given; ``warp_specialize``, which kernel it is.
     """
-    fields = [name for name in config.__dataclass_fields__ if name != "gather_first"]
+    fields = [name for name in config.__dataclass_fields__ if name not in {"gather_first", "warp_specialize"}]
     names = {name: name if name.startswith("num_") else name.upper() for name in fields}
     return {argument: getattr(config, name) for name, argument in names.items()}

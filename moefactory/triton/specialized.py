@@ -1,0 +1,71 @@
+"""What the warp-specialised kernels share: TMA descriptors that end where an expert ends, and the order of tiles.
+
+A program of these kernels is two partitions that meet in a ring of shared-memory stages. The producer (4 warps) fills a
+stage, by TMA or row by row through gather_indices, and arrives at the stage's `full` barrier; the consumer (8 warps)
+multiplies it and arrives at `empty`. So the loads of the next tile run under the epilogue of this one, which a plain
+Triton kernel cannot do with a gathered operand on Hopper. They are written in Gluon, Triton's lower layer: compiled
+only, for compute capability 9.0; the plain kernels are their reference, and give the same bits.
+
+A ragged descriptor clips at a row that is known on the device only. Its row dimension is RAGGED long, and a box is
+placed so that the expert's end lies at RAGGED: the hardware writes nothing behind it and reads zeros from there. Two
+leading dimensions move the address back: with 64-bit wrap-around, for row stride s in elements and coordinates
+[RAGGED, end, RAGGED - end + row], RAGGED * (2**34 - s) + end * s + (RAGGED - end + row) * s = row * s.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+RAGGED = gl.constexpr(2**30)
+# 12 warps share 65,536 registers: 168 each at the start, then 56 for a producer's thread and 224 for a consumer's
+WARPS = {"PRODUCERS": 4, "PRODUCER_REGISTERS": 56, "num_warps": 8, "maxnreg": 168}
+_TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+
+
+def descriptor(tensor: Tensor, box: list[int], shape: list[int] | None = None, strides: list[int] | None = None) -> Any:
+    """A TMA descriptor of boxes of a contiguous tensor, or of a view of it by `shape` and `strides`."""
+    layout = gl.NVMMASharedLayout.get_default_for(box, _TYPES[tensor.dtype])
+    return TensorDescriptor(tensor, shape or list(tensor.shape), strides or list(tensor.stride()), box, layout)
+
+
+def ragged(tensor: Tensor, box: list[int], shape: list[int] | None = None, strides: list[int] | None = None) -> Any:
+    """The same, clipped at an expert's end: rows are the last dimension but one, two dimensions are put in front."""
+    shape, strides = shape or list(tensor.shape), strides or list(tensor.stride())
+    row = strides[-2]
+    rows = [*shape[:-2], RAGGED.value, shape[-1]]
+    return descriptor(tensor, [1, 1, *box], [2**31 - 2**16] * 2 + rows, [2**34 - row, row, *strides])
+
+
+def halves(h: Tensor) -> tuple[list[int], list[int]]:
+    """(shape, strides) of [M, 2I] seen as [2, M, I]: gate and up apart, so that a box ends with its half."""
+    rows, width = h.shape[0], h.shape[1] // 2
+    return [2, rows, width], [width, 2 * width, 1]
+
+
+@gluon.jit
+def tile_of(tile, num_rows, num_cols, GROUP: gl.constexpr):
+    """(row tile, column tile): GROUP row tiles share a sweep over the columns."""
+    width = GROUP * num_cols
+    first = (tile // width) * GROUP
+    rows = gl.minimum(num_rows - first, GROUP)
+    return first + (tile % width) % rows, (tile % width) // rows
+
+
+@gluon.jit
+def phase(step, STAGES: gl.constexpr):
+    """The parity of a barrier's phase at this step of the ring."""
+    return (step // STAGES) & 1
+
+
+@gluon.jit
+def split_columns(tile):
+    """The left and the right half of a tile's columns."""
+    ROWS: gl.constexpr = tile.shape[0]
+    HALF: gl.constexpr = tile.shape[1] // 2
+    return gl.split(tile.reshape([ROWS, 2, HALF]).permute((0, 2, 1)))

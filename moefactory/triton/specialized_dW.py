@@ -1,0 +1,281 @@
+"""dweight[e][n, k] = sum over the rows r of expert e of dy[row(r), n] * x[row(r), k], warp-specialised.
+
+The arguments are those of `backward_dW`. The tensor cores take 64 x 256 outputs at a time, so one operand of a tile is
+256 columns wide and the other 128. The narrow one (p) should be the one that is reached through gather_indices, since
+that comes row by row with cp.async, the wide one (q) by TMA: a gather on the wide side cost 1.7 times the time. Where x is
+the narrow one, the tile is computed transposed and turned on its way to the store (X_NARROW).
+
+Behind an expert's end both operands read as zeros (by a ragged descriptor, by a mask), so 0 * NaN of a neighbour cannot
+arise. The result is staged apart from the ring: with few rows an expert, a tile's store and the next tile's products
+take equally long, and run side by side.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .launch import launch, num_programs
+from .specialized import RAGGED, WARPS, descriptor, phase, ragged, tile_of
+
+if TYPE_CHECKING:
+    from ..config import KernelConfigBackward_dW
+    from .forward import Rows
+
+GROUP = 8
+
+
+@gluon.jit
+def _place(tile, tiles, num_p, num_q, offsets_ptr, GROUP: gl.constexpr):
+    """(expert, its first row, its end, narrow tile, wide tile); past the last tile, those of the last."""
+    tile = gl.minimum(tile, tiles - 1)
+    expert = tile // (num_p * num_q)
+    tile_p, tile_q = tile_of(tile % (num_p * num_q), num_p, num_q, GROUP)
+    return expert, gl.load(offsets_ptr + expert), gl.load(offsets_ptr + expert + 1), tile_p, tile_q
+
+
+@gluon.jit
+def _copy_rows(stage, ptr, slots, row_ok, col0, width, DIVISOR: gl.constexpr, EVEN: gl.constexpr, layout: gl.constexpr):
+    """Rows slots // DIVISOR of an operand into a stage, zeros where `row_ok` is false."""
+    offs = col0 + gl.arange(0, stage.shape[1], layout=gl.SliceLayout(0, layout))
+    row = (slots.to(gl.uint32) // DIVISOR).to(gl.int64)
+    ptrs = ptr + row[:, None] * width + offs[None, :]
+    if EVEN:
+        async_copy.async_copy_global_to_shared(stage, ptrs, mask=row_ok[:, None] & (offs >= 0)[None, :])
+    else:
+        async_copy.async_copy_global_to_shared(stage, ptrs, mask=row_ok[:, None] & (offs < width)[None, :])
+
+
+@gluon.jit
+def _slots(row, end, gather_ptr, DIVISOR: gl.constexpr):
+    """The slots of expert-order rows `row`; for an operand in expert order nothing is loaded."""
+    if DIVISOR > 0:
+        return gl.load(gather_ptr + row, mask=row < end, other=0)
+    else:
+        return row
+
+
+@gluon.jit
+def _producer(
+    inputs,
+    tables,
+    sizes,
+    ring,
+    P_DIVISOR: gl.constexpr,
+    Q_DIVISOR: gl.constexpr,
+    EVEN_P: gl.constexpr,
+    EVEN_Q: gl.constexpr,
+    GROUP: gl.constexpr,
+    PRODUCERS: gl.constexpr,
+):
+    p_desc, q_desc, p_ptr, q_ptr = inputs
+    offsets_ptr, gather_ptr = tables
+    num_experts, P, Q = sizes
+    p_stages, q_stages, full, empty = ring
+    DTYPE: gl.constexpr = p_stages.dtype
+    STAGES: gl.constexpr = p_stages.shape[0]
+    BLOCK_M: gl.constexpr = p_stages.shape[1]
+    BLOCK_P: gl.constexpr = p_stages.shape[2]
+    BLOCK_Q: gl.constexpr = q_stages.shape[2]
+    BYTES: gl.constexpr = BLOCK_M * ((0 if P_DIVISOR > 0 else BLOCK_P) + (0 if Q_DIVISOR > 0 else BLOCK_Q)) * 2
+    p_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_P, BLOCK_P // 8], [PRODUCERS, 1], [1, 0])
+    q_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_Q, BLOCK_Q // 8], [PRODUCERS, 1], [1, 0])
+    p_lane = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, p_layout))
+    q_lane = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, q_layout))
+    num_p = gl.cdiv(P, BLOCK_P)
+    num_q = gl.cdiv(Q, BLOCK_Q)
+    tiles = num_experts * num_p * num_q
+    _, start, end, tile_p, tile_q = _place(gl.program_id(0), tiles, num_p, num_q, offsets_ptr, GROUP)
+    # slots are asked for two steps ahead: used at once, each step would wait for them
+    p_slots = _slots(start + p_lane, end, gather_ptr, P_DIVISOR)
+    q_slots = _slots(start + q_lane, end, gather_ptr, Q_DIVISOR)
+    p_next = _slots(start + BLOCK_M + p_lane, end, gather_ptr, P_DIVISOR)
+    q_next = _slots(start + BLOCK_M + q_lane, end, gather_ptr, Q_DIVISOR)
+    step = 0
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        following = tile + gl.num_programs(0)
+        _, next_start, next_end, next_p, next_q = _place(following, tiles, num_p, num_q, offsets_ptr, GROUP)
+        # steps are counted: Triton 3.6 takes a loop-carried value whose only use is a loop's bound for invariant
+        for index in range(gl.cdiv(end - start, BLOCK_M)):
+            row = start + index * BLOCK_M
+            s = step % STAGES
+            ready = full.index(s)
+            p_stage, q_stage = p_stages.index(s), q_stages.index(s)
+            mbarrier.wait(empty.index(s), phase(step, STAGES) ^ 1)
+            mbarrier.expect(ready, BYTES)
+            if P_DIVISOR == 0:
+                box = p_stage._reinterpret(DTYPE, [1, 1, BLOCK_M, BLOCK_P], p_desc.layout)
+                tma.async_copy_global_to_shared(p_desc, [RAGGED, end, RAGGED - end + row, tile_p * BLOCK_P], ready, box)
+            if Q_DIVISOR == 0:
+                box = q_stage._reinterpret(DTYPE, [1, 1, BLOCK_M, BLOCK_Q], q_desc.layout)
+                tma.async_copy_global_to_shared(q_desc, [RAGGED, end, RAGGED - end + row, tile_q * BLOCK_Q], ready, box)
+            if P_DIVISOR > 0:
+                _copy_rows(
+                    p_stage, p_ptr, p_slots, row + p_lane < end, tile_p * BLOCK_P, P, P_DIVISOR, EVEN_P, p_layout
+                )
+            if Q_DIVISOR > 0:
+                _copy_rows(
+                    q_stage, q_ptr, q_slots, row + q_lane < end, tile_q * BLOCK_Q, Q, Q_DIVISOR, EVEN_Q, q_layout
+                )
+            if P_DIVISOR + Q_DIVISOR > 0:
+                async_copy.mbarrier_arrive(ready, increment_count=False)
+            p_slots, q_slots = p_next, q_next
+            p_next = _slots(row + 2 * BLOCK_M + p_lane, end, gather_ptr, P_DIVISOR)
+            q_next = _slots(row + 2 * BLOCK_M + q_lane, end, gather_ptr, Q_DIVISOR)
+            step += 1
+        start, end, tile_p, tile_q = next_start, next_end, next_p, next_q
+        p_slots = _slots(start + p_lane, end, gather_ptr, P_DIVISOR)
+        q_slots = _slots(start + q_lane, end, gather_ptr, Q_DIVISOR)
+        p_next = _slots(start + BLOCK_M + p_lane, end, gather_ptr, P_DIVISOR)
+        q_next = _slots(start + BLOCK_M + q_lane, end, gather_ptr, Q_DIVISOR)
+
+
+@gluon.jit
+def _consumer(dw_desc, tables, sizes, ring, out, GATHERED: gl.constexpr, X_NARROW: gl.constexpr, GROUP: gl.constexpr):
+    offsets_ptr, _ = tables
+    num_experts, P, Q = sizes
+    p_stages, q_stages, full, empty = ring
+    STAGES: gl.constexpr = p_stages.shape[0]
+    BLOCK_M: gl.constexpr = p_stages.shape[1]
+    BLOCK_P: gl.constexpr = p_stages.shape[2]
+    BLOCK_Q: gl.constexpr = q_stages.shape[2]
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BLOCK_Q, 16])
+    num_p = gl.cdiv(P, BLOCK_P)
+    num_q = gl.cdiv(Q, BLOCK_Q)
+    tiles = num_experts * num_p * num_q
+    expert, start, end, tile_p, tile_q = _place(gl.program_id(0), tiles, num_p, num_q, offsets_ptr, GROUP)
+    step = 0
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        following = tile + gl.num_programs(0)
+        next_expert, next_start, next_end, next_p, next_q = _place(following, tiles, num_p, num_q, offsets_ptr, GROUP)
+        acc = gl.zeros([BLOCK_P, BLOCK_Q], gl.float32, mma)
+        for row in range(start, end, BLOCK_M):
+            s = step % STAGES
+            mbarrier.wait(full.index(s), phase(step, STAGES))
+            if GATHERED:
+                fence_async_shared()  # cp.async wrote through the generic proxy, the product reads through the other
+            acc = warpgroup_mma(p_stages.index(s).permute((1, 0)), q_stages.index(s), acc, is_async=True)
+            acc = warpgroup_mma_wait(1, deps=(acc,))
+            mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=row > start)
+            step += 1
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=end > start)
+        tma.store_wait(0)  # of the tile before
+        result = acc.to(out.dtype)
+        if X_NARROW:
+            out.store(result.permute((1, 0)))
+            box = out._reinterpret(out.dtype, [1, BLOCK_Q, BLOCK_P], dw_desc.layout)
+            place = [expert, tile_q * BLOCK_Q, tile_p * BLOCK_P]
+        else:
+            out.store(result)
+            box = out._reinterpret(out.dtype, [1, BLOCK_P, BLOCK_Q], dw_desc.layout)
+            place = [expert, tile_p * BLOCK_P, tile_q * BLOCK_Q]
+        fence_async_shared()
+        tma.async_copy_shared_to_global(dw_desc, place, box)
+        expert, start, end, tile_p, tile_q = next_expert, next_start, next_end, next_p, next_q
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _specialized_dW(
+    p_desc,
+    q_desc,
+    dw_desc,
+    p_ptr,
+    q_ptr,
+    expert_offsets_ptr,
+    gather_indices_ptr,
+    num_experts,
+    P,
+    Q,
+    P_DIVISOR: gl.constexpr,
+    Q_DIVISOR: gl.constexpr,
+    X_NARROW: gl.constexpr,
+    EVEN_P: gl.constexpr,
+    EVEN_Q: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_P: gl.constexpr,
+    BLOCK_Q: gl.constexpr,
+    STAGES: gl.constexpr,
+    GROUP: gl.constexpr,
+    PRODUCERS: gl.constexpr,
+    PRODUCER_REGISTERS: gl.constexpr,
+):
+    DTYPE: gl.constexpr = p_ptr.dtype.element_ty
+    GATHERED: gl.constexpr = P_DIVISOR + Q_DIVISOR > 0
+    OUT: gl.constexpr = [BLOCK_Q, BLOCK_P] if X_NARROW else [BLOCK_P, BLOCK_Q]
+    p_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, BLOCK_P], DTYPE)
+    q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, BLOCK_Q], DTYPE)
+    out_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for(OUT, DTYPE)
+    p_stages = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_M, BLOCK_P], p_layout)
+    q_stages = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_M, BLOCK_Q], q_layout)
+    out = gl.allocate_shared_memory(DTYPE, [OUT[0], OUT[1]], out_layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for s in gl.static_range(STAGES):
+        # one arrival says which bytes TMA brings; with a gather every producing thread arrives for its copies, too
+        mbarrier.init(full.index(s), count=1 + (32 * PRODUCERS if GATHERED else 0))
+        mbarrier.init(empty.index(s), count=1)
+    fence_async_shared()
+    tables = (expert_offsets_ptr, gather_indices_ptr)
+    # TMA needs rows of whole 16 bytes; said like this, the compiler knows it, and copies 16 bytes at a time
+    sizes = (num_experts, P // 8 * 8, Q // 8 * 8)
+    ring = (p_stages, q_stages, full, empty)
+    inputs = (p_desc, q_desc, p_ptr, q_ptr)
+    gl.warp_specialize(
+        [
+            (_consumer, (dw_desc, tables, sizes, ring, out, GATHERED, X_NARROW, GROUP)),
+            (_producer, (inputs, tables, sizes, ring, P_DIVISOR, Q_DIVISOR, EVEN_P, EVEN_Q, GROUP, PRODUCERS)),
+        ],
+        [PRODUCERS],
+        [PRODUCER_REGISTERS],
+    )
+
+
+def specialized_dW(
+    dy: Tensor,
+    x: Tensor,
+    rows: Rows,
+    config: KernelConfigBackward_dW,
+    dw: Tensor,
+    *,
+    dy_divisor: int,
+    x_divisor: int,
+) -> None:
+    """Fill dw [E,N,K]; see `backward_dW.dW_gemm`."""
+    experts, n, k = dw.shape
+    sides = (dy, n, config.block_n, dy_divisor), (x, k, config.block_k, x_divisor)
+    x_narrow = config.block_k < config.block_n
+    (p, p_size, p_block, p_divisor), (q, q_size, q_block, q_divisor) = sides[::-1] if x_narrow else sides
+    descriptors = ragged(p, [config.block_m, p_block]), ragged(q, [config.block_m, q_block])
+    dw_desc = descriptor(dw, [1, config.block_n, config.block_k])
+    tiles = experts * triton.cdiv(n, config.block_n) * triton.cdiv(k, config.block_k)
+    launch(
+        "dW",
+        _specialized_dW,
+        (min(num_programs(x.device), tiles),),
+        *(*descriptors, dw_desc, p, q, rows.expert_offsets, rows.gather_indices, experts, p_size, q_size),
+        P_DIVISOR=p_divisor,
+        Q_DIVISOR=q_divisor,
+        X_NARROW=x_narrow,
+        EVEN_P=p_size % p_block == 0,
+        EVEN_Q=q_size % q_block == 0,
+        BLOCK_M=config.block_m,
+        BLOCK_P=p_block,
+        BLOCK_Q=q_block,
+        STAGES=config.num_stages,
+        GROUP=GROUP,
+        **WARPS,
+    )
