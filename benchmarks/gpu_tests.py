@@ -13,10 +13,12 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from kernels import versions
 
+SANITIZER_SECONDS = 240
 ROOT = Path(__file__).resolve().parent.parent
 FILES = ("tests/test_triton_*.py", "tests/test_tuning*.py", "tests/test_bench.py", "tests/test_tune_verb.py")
 OUTCOME = re.compile(r"(PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS) (tests/\S+?\.py)::(.*?) *$")
@@ -32,16 +34,26 @@ def parsed(log: str) -> dict[str, dict[str, list[str]]]:
 
 
 def sanitizers() -> dict[str, str]:
+    """Tool -> verdict on `benchmarks/sanitize.py`; both run at once."""
     script = str(ROOT / "benchmarks" / "sanitize.py")
-    subprocess.run([sys.executable, script], check=True)  # compiles outside the tool, which is slow
+    subprocess.run(
+        [sys.executable, script], check=True, capture_output=True
+    )  # compiles outside the tools: they are slow
+    command = ["compute-sanitizer", "--error-exitcode", "9", "--tool"]
+    running = {
+        tool: subprocess.Popen([*command, tool, sys.executable, script], stdout=subprocess.PIPE, text=True)
+        for tool in ("memcheck", "racecheck")
+    }
     verdicts = {}
-    for tool in ("memcheck", "racecheck"):
-        done = subprocess.run(
-            ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, script],
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        summary = [line.strip("= ") for line in done.stdout.splitlines() if "SUMMARY" in line]
-        verdicts[tool] = f"exit code {done.returncode}; {'; '.join(summary) or 'no summary'}"
+    for tool, process in running.items():
+        try:
+            text = process.communicate(timeout=SANITIZER_SECONDS)[0]
+        except subprocess.TimeoutExpired:
+            process.kill()
+            verdicts[tool] = f"cut off after {SANITIZER_SECONDS} s"
+            continue
+        summary = [line.strip("= ") for line in text.splitlines() if "SUMMARY" in line]
+        verdicts[tool] = f"exit code {process.returncode}; {'; '.join(summary) or 'no summary'}"
     return verdicts
 
 
@@ -50,7 +62,8 @@ def main() -> int:
     sanitize = "--no-sanitizer" not in arguments
     arguments = [argument for argument in arguments if argument != "--no-sanitizer"]
     files = sorted(str(path.relative_to(ROOT)) for pattern in FILES for path in ROOT.glob(pattern))
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(1) as beside:
+        sanitized = beside.submit(sanitizers) if sanitize else None
         measured = Path(folder) / "report.jsonl"
         environment = {**os.environ, "MOEFACTORY_TEST_GPU": "1", "MOEFACTORY_GPU_REPORT": str(measured)}
         command = [sys.executable, "-m", "pytest", "-v", "-p", "no:benchmark", "-p", "no:cacheprovider", "--tb=short"]
@@ -61,15 +74,16 @@ def main() -> int:
             assert run.stdout is not None
             for line in run.stdout:
                 lines.append(line)
-                if "PASSED" not in line and "::" not in line[:8]:
+                if "PASSED" not in line and "::" in line:
                     print(line, end="", flush=True)
+        verdicts = sanitized.result() if sanitized else None
         figures = [json.loads(line) for line in measured.read_text().splitlines()] if measured.exists() else []
     outcomes = parsed("".join(lines))
     record = {
         "versions": versions(),
         "summary": next((line.strip("= \n") for line in reversed(lines) if " in " in line and "=" in line), None),
         "counts": {outcome: sum(map(len, files.values())) for outcome, files in outcomes.items()},
-        "sanitizer": sanitizers() if sanitize else None,
+        "sanitizer": verdicts,
         "measured": figures,
         **outcomes,
     }

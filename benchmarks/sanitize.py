@@ -1,5 +1,7 @@
 """Every kernel once or more, small, for compute-sanitizer: all flags, TMA and pointers, ragged, empty, dropped.
 
+On Hopper the warp-specialised kernels, too: each with and without its gather, in either tile of dW.
+
 python benchmarks/sanitize.py                                          compiles into Triton's cache
 compute-sanitizer --tool memcheck  --error-exitcode 9 python benchmarks/sanitize.py
 compute-sanitizer --tool racecheck --error-exitcode 9 python benchmarks/sanitize.py
@@ -13,12 +15,15 @@ import torch
 
 from moefactory.config import KernelConfigBackward_dW, KernelConfigBackward_dX, KernelConfigForward
 from moefactory.routing import route
+from moefactory.triton import specialized_dW, specialized_rows
 from moefactory.triton.ops import compute_experts
 from moefactory.triton.options import FusedOptions
 from moefactory.triton.plan import make_plan
 from moefactory.triton.router import top_k_softmax
 
 TOKENS, EXPERTS, TOP_K, HIDDEN, WIDTH = 77, 7, 3, 136, 72  # rows of 16 bytes, and no size a multiple of a tile
+SPECIALIZED_TOKENS = 300  # about a tile's 128 rows an expert: whole tiles and ragged ones
+SPECIALIZED_PROGRAMS = 3  # each walks several tiles, so that its ring comes round and a store runs under a product
 TILES = {"block_m": 16, "block_n": 64, "block_k": 32, "num_warps": 4, "num_stages": 2}
 
 
@@ -40,15 +45,24 @@ def kernels(*, tma: bool, permute_x: bool, permute_y: bool, fuse_swiglu: bool):
     return tuple((p, g, kinds[p](**TILES, **(flags if tma else {}))) for (p, g), flags in yes.items())
 
 
-def step(dtype: torch.dtype, *, tma: bool, **flags: bool) -> None:
+def specialized(*, wide_x: bool):
+    """The warp-specialised configs for all six launches; `wide_x` puts x on the wide side of dW, else dy."""
+    more = {"num_warps": 8, "warp_specialize": True}
+    fwd = KernelConfigForward(block_m=128, block_n=256, block_k=64, num_stages=4, **more)
+    dX = KernelConfigBackward_dX(block_m=128, block_n=64, block_k=256, num_stages=4, **more)
+    n, k = (128, 256) if wide_x else (256, 128)
+    dW = KernelConfigBackward_dW(block_m=64, block_n=n, block_k=k, num_stages=3, **more)
+    return tuple((p, g, c) for p, c in (("fwd", fwd), ("bwd_dX", dX), ("bwd_dW", dW)) for g in ("up", "down"))
+
+
+def step(dtype: torch.dtype, configs, tokens: int = TOKENS, **flags: bool) -> None:
     new = lambda *s, scale=1.0: (torch.randn(*s, device="cuda") * scale).to(dtype).requires_grad_()  # noqa: E731
-    x, gate = new(TOKENS, HIDDEN), new(EXPERTS, HIDDEN, scale=HIDDEN**-0.5)
+    x, gate = new(tokens, HIDDEN), new(EXPERTS, HIDDEN, scale=HIDDEN**-0.5)
     up, down = new(EXPERTS, 2 * WIDTH, HIDDEN, scale=HIDDEN**-0.5), new(EXPERTS, HIDDEN, WIDTH, scale=WIDTH**-0.5)
     logits, _, _ = route(x, gate, TOP_K, True)
-    weights, selected = top_k_softmax(logits, TOP_K, True)
+    weights, selected, _ = top_k_softmax(logits, TOP_K, True)
     selected = torch.where(selected == 2, EXPERTS, selected)  # expert 2 gets no row, its slots are dropped
-    chosen = {name: flags[name] for name in ("permute_x", "permute_y", "fuse_swiglu")}
-    options = FusedOptions(TOP_K, **flags, autotune=False, kernels=kernels(tma=tma, **chosen))
+    options = FusedOptions(TOP_K, **flags, autotune=False, kernels=configs)
     out, _ = compute_experts(x, weights, make_plan(selected, EXPERTS), up, down, options)
     out.backward(torch.randn_like(out))
 
@@ -58,7 +72,15 @@ def main() -> None:
     count = 0
     for dtype, tma in ((torch.bfloat16, True), (torch.bfloat16, False)):
         for values in product((True, False), repeat=4):
-            step(dtype, tma=tma, **dict(zip(names, values, strict=True)))
+            flags = dict(zip(names, values, strict=True))
+            chosen = {name: flags[name] for name in names[:3]}
+            step(dtype, kernels(tma=tma, **chosen), **flags)
+            count += 1
+    if torch.cuda.get_device_capability() == (9, 0):
+        specialized_rows.num_programs = specialized_dW.num_programs = lambda device: SPECIALIZED_PROGRAMS
+        for permute, fuse, wide_x in product((True, False), repeat=3):
+            flags = dict(zip(names, (permute, permute, fuse, fuse), strict=True))
+            step(torch.bfloat16, specialized(wide_x=wide_x), SPECIALIZED_TOKENS, **flags)
             count += 1
     torch.cuda.synchronize()
     print(f"{count} steps ran")

@@ -28,6 +28,7 @@ from .config import (
     ModelConfig,
     MoeConfig,
     ResolvedModel,
+    Saved,
     WeightsError,
     resolve_kernels,
 )
@@ -229,6 +230,9 @@ class Qwen3MoeFusedGroupedGEMMBlock(Qwen3MoeGroupedGEMMBlock):
         kernel_config_bwd_dW, kernel_config_bwd_dX: likewise; stated configs need autotune=False.
         fuse_swiglu: the activation (and its derivative) is a GEMM epilogue; off, a kernel of its own.
         fuse_combine: one kernel unpermutes and sums; off, the sum is torch's.
+        saved: what a training forward keeps besides x, routing weights and plan, by name or as `config.Saved`: "h", the
+            pre-activation [T*K,2I]; "h_reused", the same, written over by the backward, which can run once; "x",
+            nothing, the backward computes it again.
         trace: return every intermediate (`GroupedGEMMResult`).
 
     Raises:
@@ -253,6 +257,7 @@ class Qwen3MoeFusedGroupedGEMMBlock(Qwen3MoeGroupedGEMMBlock):
         *,
         fuse_swiglu: bool = True,
         fuse_combine: bool = True,
+        saved: Saved | str = Saved.h,
         trace: bool = False,
     ) -> None:
         super().__init__(config, gate, gate_up_proj, down_proj, dW_only=dW_only, dX_only=dX_only, trace=trace)
@@ -260,7 +265,7 @@ class Qwen3MoeFusedGroupedGEMMBlock(Qwen3MoeGroupedGEMMBlock):
         self.moe_config = MoeConfig(
             backend=BackendConfig(Backend.triton), kernels=kernels, permute_x=permute_x, permute_y=permute_y,
             fuse_swiglu=fuse_swiglu, fuse_combine=fuse_combine, dW_only=dW_only, dX_only=dX_only,
-            autotune=autotune, trace=trace,
+            autotune=autotune, saved=_saved(saved), trace=trace,
         )  # fmt: skip
         check_rules(make_case(self.moe_config, self.model, _dtype_of(gate)))
         for name in ("gate_up_proj", "down_proj"):
@@ -280,7 +285,7 @@ class Qwen3MoeFusedGroupedGEMMBlock(Qwen3MoeGroupedGEMMBlock):
         self.fused = FusedOptions(
             top_k=self.model.top_k, permute_x=config.permute_x, permute_y=config.permute_y,
             fuse_swiglu=config.fuse_swiglu, fuse_combine=config.fuse_combine, autotune=config.autotune,
-            kernels=tuple((p, g, c) for p, g, c in stated if c is not None),
+            saved=config.saved.value, kernels=tuple((p, g, c) for p, g, c in stated if c is not None),
         )  # fmt: skip
 
     def _check_placement(self) -> None:
@@ -410,3 +415,11 @@ def _check_tensors(model: ResolvedModel, gate: Tensor, gate_up_proj: Tensor, dow
             )
     if not 1 <= model.top_k <= e:
         raise ConfigError(f"top-k: model.top_k={model.top_k} with model.num_experts={e}; top_k is 1 to num_experts")
+
+
+def _saved(value: Saved | str) -> Saved:
+    """ConfigError for what is no name of a `Saved`."""
+    names = [one.value for one in Saved]
+    if not isinstance(value, Saved) and value not in names:
+        raise ConfigError(f"saved: got {value!r}; allowed: {', '.join(names)}")
+    return Saved(value)

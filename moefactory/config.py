@@ -57,6 +57,14 @@ class DType(Enum):
         return {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}[self.value]
 
 
+class Saved(Enum):
+    """What a training forward keeps for its backward besides x, the routing weights and the plan."""
+
+    h = "h"  # the pre-activation H [T*K,2I]
+    h_reused = "h_reused"  # H, over which the backward writes dH: there is no second backward
+    x = "x"  # nothing: the backward computes H again
+
+
 class WeightsSource(Enum):
     """Where the weights come from."""
 
@@ -114,8 +122,9 @@ class KernelTiles:
     program's tiles, so that the loads of the next start under the last steps of this one. ``use_tma_*`` moves that
     operand with Hopper's tensor memory accelerator, which cannot follow an index: see the rules on the permute flags.
 
-    ``warp_specialize`` runs another kernel, for Hopper alone: four warps load, eight multiply, and what is in expert order
-    moves by TMA, loads and stores. Its tiles are few, see the rule, and it leaves ``flatten`` and ``use_tma_*`` at false.
+    ``warp_specialize`` runs another kernel, for Hopper alone: four warps load, eight multiply, and what is in expert
+    order moves by TMA, loads and stores. Its tiles are few, see the rule; it leaves ``flatten`` and ``use_tma_*``
+    at false.
     """
 
     block_m: int = 64
@@ -207,6 +216,7 @@ class MoeConfig:
     dW_only: bool = False  # weight gradients only
     dX_only: bool = False  # the input's gradient only
     autotune: bool = True  # tuned kernel configs where the cache has them
+    saved: Saved = Saved.h  # what a training forward keeps for its backward
     trace: bool = False  # return every intermediate
     dtype: DType | None = None  # None: the source's own, float32 for random weights
     device: str | None = None  # None: the source's own, cpu for random weights

@@ -3,19 +3,22 @@
 Imports neither torch nor triton. A row is a list of Hydra overrides of ``moe: qwen3``; an illegal row is as valuable as
 a legal one: it must be refused, by the id of its first broken rule. The parts, and what is complete in each:
 
-    flags    every combination of backend, permute_x, permute_y, fuse_swiglu, fuse_combine, dW_only, dX_only, autotune,
-             trace and explicit kernels (moe/kernels=small) or not: 1024 rows, nothing sampled, because rules tie these
-             flags to each other and a kernel is compiled for each of them.
-    tma      for each of the six launches every combination of its three TMA flags with the switches that a rule ties
-             to them (permute_x, permute_y, fuse_swiglu, gather_first). TMA flags of two launches meet in no rule, so
-             launches are not multiplied.
-    tiles    for each kernel node (both GEMMs, up, down; of each pass) one row that states every tile field.
-    options  every option of every config group, every source, seed and device, on each backend.
-    pairs    backend torch: every feasible pair of flags, dtype, sizes, activation and number of tokens.
-    triples  backend triton: every feasible triple of the same with kernel configs in place of activations.
-    rules    for each rule the example that breaks it, and its repaired twin.
+    flags        every combination of backend, permute_x, permute_y, fuse_swiglu, fuse_combine, dW_only, dX_only,
+                 autotune, trace and explicit kernels (moe/kernels=small) or not: 1024 rows, nothing sampled, because
+                 rules tie these flags to each other and a kernel is compiled for each of them.
+    tma          for each of the six launches every combination of its three TMA flags with the switches that a rule
+                 ties to them (permute_x, permute_y, fuse_swiglu, gather_first). TMA flags of two launches meet in no
+                 rule, so launches are not multiplied.
+    specialized  each of the six launches as its warp-specialised kernel, alone: each of its tiles, both 16-bit dtypes,
+                 every setting of the switches that change that kernel; each dW GEMM once with gather_first. Then all
+                 six at once, in bfloat16: every setting of permute_x, permute_y, fuse_swiglu and fuse_combine.
+    tiles        for each kernel node (both GEMMs, up, down; of each pass) one row that states every tile field.
+    options      every option of every config group, every source, seed and device, on each backend.
+    pairs        backend torch: every feasible pair of flags, dtype, sizes, activation and number of tokens.
+    triples      backend triton: every feasible triple of the same with kernel configs in place of activations.
+    rules        for each rule the example that breaks it, and its repaired twin.
 
-The legal rows are small enough to build and run, forward and backward, on a CPU.
+The legal rows are small enough to build and run, forward and backward, on a CPU; the specialised ones need a GPU.
 """
 
 from __future__ import annotations
@@ -32,15 +35,15 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from .config import GEMMS, PASSES, Backend, DType, MoeConfig, WeightsSource, as_dict
+from .config import GEMMS, PASSES, Backend, DType, MoeConfig, Saved, WeightsSource, as_dict
 from .covering import Axes, Overrides, covering_array
-from .rules import RULES, broken_rules, make_case
+from .rules import RULES, SPECIALIZED_TILES, broken_rules, make_case
 
 DEFAULT_TOKENS = 5
 ROWS_PER_JOB = 64
 MAX_ID = 80
 PRESET = "qwen3"
-_ENUMS = {"backend.name": Backend, "weights.source": WeightsSource, "dtype": DType}
+_ENUMS = {"backend.name": Backend, "weights.source": WeightsSource, "dtype": DType, "saved": Saved}
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,19 @@ def _text(value: Any) -> str:
 _BACKEND = _choose("moe/backend", None, "triton")
 _FLAGS = ("permute_x", "permute_y", "fuse_swiglu", "fuse_combine", "dW_only", "dX_only", "autotune", "trace")
 _SMALL = "moe/kernels=small"
+_EXPLICIT = ("moe/backend=triton", "moe.autotune=false")
+_SPECIALIZED_SWITCHES = {  # what changes the warp-specialised kernel of a launch
+    ("fwd", "up"): ("permute_x", "fuse_swiglu"),
+    ("fwd", "down"): ("permute_y",),
+    ("bwd_dX", "up"): ("permute_x",),
+    ("bwd_dX", "down"): ("permute_y", "fuse_swiglu", "fuse_combine"),
+    ("bwd_dW", "up"): ("permute_x",),
+    ("bwd_dW", "down"): ("permute_y",),
+}
+# About 350 rows an expert: three row tiles of 128, the last one ragged. More experts bring ties in bfloat16's logits.
+_MANY_ROWS = ("moe.model.num_experts=4", "tokens=700")
+_RAGGED = ("moe.model.hidden_size=264", "moe.model.moe_intermediate_size=136")  # 8 more than whole tiles, each way
+_WHOLE = ("moe.model.hidden_size=256", "moe.model.moe_intermediate_size=128")  # no tile is masked
 
 
 def _flag_axes() -> Axes:
@@ -119,7 +135,7 @@ def _triton_axes() -> Axes:
     all_by_tma = [f"moe.kernels.{p}.{name}=true" for p in PASSES for name in _tma_flags(p)]
     uneven = [f"moe.kernels.{p}.{key}" for p in PASSES for key in ("up.block_n=64", "down.block_m=32", "block_k=16")]
     kernels = ((), (_SMALL,), (_SMALL, *weights_by_tma), (_SMALL, *all_by_tma), tuple(uneven))
-    return {**_common_axes(), "kernels": kernels}
+    return {**_common_axes(), "kernels": kernels, "saved": _choose("moe.saved", None, "h_reused", "x")}
 
 
 def _tma_flags(pass_name: str) -> list[str]:
@@ -133,6 +149,7 @@ def _parts(strength: int) -> Iterator[tuple[str, Overrides]]:
     """(part, overrides) of every row; `tokens=N` among the overrides is no override but the number of tokens."""
     yield from (("flags", sum(combination, ())) for combination in product(*_flag_axes().values()))
     yield from (("tma", overrides) for overrides in _tma_rows())
+    yield from (("specialized", overrides) for overrides in _specialized_rows())
     yield from (("tiles", overrides) for overrides in _tile_rows())
     yield from (("options", overrides) for overrides in _option_rows())
     yield from (("pairs", overrides) for overrides in covering_array(_torch_axes(), 2, _legal))
@@ -146,22 +163,46 @@ def _parts(strength: int) -> Iterator[tuple[str, Overrides]]:
 
 def _tma_rows() -> Iterator[Overrides]:
     """The six launches, each with its three TMA flags and the switches that a rule ties to one of them."""
-    base = ("moe/backend=triton", "moe.autotune=false")
     for pass_name, gemm in product(PASSES, GEMMS):
         tma = [f"kernels.{pass_name}.{gemm}.{name}" for name in _tma_flags(pass_name)]
         tied = {key for rule in RULES if set(tma) & set(rule.keys) for key in rule.keys} - set(tma)
         settings = [_flag(name, False, True) for name in _FLAGS if name in tied]
         kernel = sorted(key for key in tied if key.startswith(f"kernels.{pass_name}.{gemm}."))
         settings += [_choose(f"moe.{key}", False, True) for key in (*kernel, *tma)]
-        yield from ((*base, *sum(c, ())) for c in product(*settings))
+        yield from ((*_EXPLICIT, *sum(c, ())) for c in product(*settings))
+
+
+def _specialized_rows() -> Iterator[Overrides]:
+    """Each launch alone on sizes that end inside a tile; all six, with the other number of stages, on whole tiles."""
+    for (pass_name, gemm), names in _SPECIALIZED_SWITCHES.items():
+        alone = (*_EXPLICIT, *_MANY_ROWS, *_RAGGED)
+        tiles = [_specialized(f"{pass_name}.{gemm}", tile) for tile in SPECIALIZED_TILES[pass_name]]
+        settings = [_flag(name, False, True) for name in names]
+        for chosen in product(_choose("moe.dtype", "bfloat16", "float16"), tiles, *settings):
+            yield (*alone, *sum(chosen, ()))
+        if pass_name == "bwd_dW":
+            yield (*alone, "moe.dtype=bfloat16", *tiles[0], f"moe.kernels.{pass_name}.{gemm}.gather_first=true")
+    stages = {"fwd": 4, "bwd_dX": 4, "bwd_dW": 2}
+    every = [(*_specialized(p, SPECIALIZED_TILES[p][0]), f"moe.kernels.{p}.num_stages={n}") for p, n in stages.items()]
+    switches = [_flag(name, False, True) for name in ("permute_x", "permute_y", "fuse_swiglu", "fuse_combine")]
+    for chosen in product(*switches):
+        yield (*_EXPLICIT, *_MANY_ROWS, *_WHOLE, "moe.dtype=bfloat16", *sum(every, ()), *sum(chosen, ()))
+
+
+def _specialized(node: str, tile: tuple[int, int, int]) -> Overrides:
+    """What a kernel node states to run its warp-specialised kernel."""
+    sides = dict(zip(("block_m", "block_n", "block_k"), tile, strict=True))
+    stated = {"warp_specialize": True, "num_warps": 8, **sides}
+    return tuple(f"moe.kernels.{node}.{name}={_text(value)}" for name, value in stated.items())
 
 
 def _tile_rows() -> Iterator[Overrides]:
+    """`warp_specialize` stays out: its tiles are others."""
     tile = {"block_m": 32, "block_n": 128, "block_k": 16, "num_warps": 2, "num_stages": 1}
     for (pass_name, kernel), node in product(PASSES.items(), ("", "up.", "down.")):
         values = {name: not v if isinstance(v, bool) else tile[name] for name, v in vars(kernel()).items()}
-        fields = [f"moe.kernels.{pass_name}.{node}{name}={_text(v)}" for name, v in values.items() if "tma" not in name]
-        yield ("moe/backend=triton", "moe.autotune=false", *fields)
+        names = [name for name in values if "tma" not in name and name != "warp_specialize"]
+        yield (*_EXPLICIT, *(f"moe.kernels.{pass_name}.{node}{name}={_text(values[name])}" for name in names))
 
 
 def _option_rows() -> Iterator[Overrides]:

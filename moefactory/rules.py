@@ -22,6 +22,7 @@ from .config import (
     ModelConfig,
     MoeConfig,
     ResolvedModel,
+    Saved,
     WeightsSource,
     resolve_kernels,
     resolve_model,
@@ -71,6 +72,15 @@ class Rule:
 def _explicit(*stated: tuple[str, Any]) -> dict[str, Any]:
     """Overrides for a legal config with explicit kernels, and what is stated on top."""
     return {"backend.name": "triton", "autotune": False, **dict(stated)}
+
+
+def _saved(case: Case) -> str | None:
+    config = case.config
+    if config.backend.name is Backend.torch and config.saved is not Saved.h:
+        return f"saved={config.saved.name} with backend torch"
+    if config.trace and config.saved is Saved.h_reused:
+        return "saved=h_reused writes over H, and trace=true returns it"
+    return None
 
 
 def _each_kernel(case: Case, check: Callable[[str, KernelConfig], str | None]) -> str | None:
@@ -258,7 +268,8 @@ def _seed(case: Case) -> str | None:
 def _tiles_in_words() -> str:
     """The tiles and stages of the specialised kernels, for a message."""
     words = {p: " or ".join("x".join(map(str, tile)) for tile in tiles) for p, tiles in SPECIALIZED_TILES.items()}
-    return f"{words['fwd']} (fwd), {words['bwd_dX']} (bwd_dX), num_stages 3 or 4, {words['bwd_dW']} (bwd_dW), 2 or 3,"
+    rows = f"{words['fwd']} (fwd) or {words['bwd_dX']} (bwd_dX) with num_stages 3 or 4"
+    return f"{rows}, {words['bwd_dW']} (bwd_dW) with num_stages 2 or 3"
 
 
 _KERNEL_KEYS = tuple(f"kernels.{p}.{g}" for p in PASSES for g in GEMMS)
@@ -272,6 +283,9 @@ RULES: tuple[Rule, ...] = (
          {"kernels.fwd.block_m": 32, "autotune": False}, {"backend.name": "triton"}),
     Rule("autotune-kernels", ("autotune", *_KERNEL_KEYS), _autotune, "set autotune=false or choose moe/kernels=shipped",
          _explicit(("kernels.fwd.block_m", 32), ("autotune", True)), {"autotune": False}),
+    Rule("saved", ("saved", "backend.name", "trace"), _saved,
+         "set saved=h; backend torch keeps what autograd keeps, and what is traced is not written over",
+         {"saved": "x"}, {"backend.name": "triton"}),
     _permute_tma("permute_x", "up", "fwd", "use_tma_load_x"),
     _permute_tma("permute_y", "down", "fwd", "use_tma_store"),
     _permute_tma("permute_x", "up", "bwd_dX", "use_tma_store"),
@@ -282,10 +296,10 @@ RULES: tuple[Rule, ...] = (
          "set fuse_swiglu=false or kernels.bwd_dX.down.use_tma_store=false",
          _explicit(("kernels.bwd_dX.down.use_tma_store", True)), {"fuse_swiglu": False}),
     Rule("warp-specialize", ("dtype", *_KERNEL_KEYS), _specialized,
-         "a specialised kernel computes bfloat16 or float16 with num_warps=8 and a tile of "
-         f"{_tiles_in_words()} and leaves flatten and use_tma_* alone",
-         _explicit(("dtype", "bfloat16"), ("kernels.fwd.warp_specialize", True)),
-         {"kernels.fwd.block_m": 128, "kernels.fwd.block_n": 256, "kernels.fwd.num_warps": 8}),
+         "it needs dtype bfloat16 or float16, num_warps=8, flatten and use_tma_* at false, and as block_m x block_n x "
+         f"block_k {_tiles_in_words()}",
+         _explicit(("dtype", "bfloat16"), ("kernels.fwd.warp_specialize", True),
+                   ("kernels.fwd.block_m", 128), ("kernels.fwd.block_n", 256)), {"kernels.fwd.num_warps": 8}),
     Rule("tile-size", _KERNEL_KEYS, lambda case: _each_kernel(case, _tile),
          f"block_m, block_n and block_k are powers of two from 16 to {MAX_BLOCK}",
          _explicit(("kernels.fwd.block_m", 33)), {"kernels.fwd.block_m": 32}),

@@ -102,6 +102,32 @@ def tma_kernels(flags: dict[str, bool], stages: int = 2) -> Kernels:
     )  # fmt: skip
 
 
+def specialized_kernels(*, swapped: bool = False) -> Kernels:
+    """The warp-specialised kernels for all six launches, as shipped.
+
+    `swapped` gives each dW the tile of the other, and every ring its fewest stages.
+    """
+    rows: dict[str, Any] = {"num_warps": 8, "num_stages": 3 if swapped else 4, "warp_specialize": True}
+    columns: dict[str, Any] = {**rows, "num_stages": 2 if swapped else 3}
+    fwd = KernelConfigForward(block_m=128, block_n=256, block_k=64, **rows)
+    dX = KernelConfigBackward_dX(block_m=128, block_n=64, block_k=256, **rows)
+    wide = KernelConfigBackward_dW(block_m=64, block_n=256, block_k=128, **columns)
+    tall = KernelConfigBackward_dW(block_m=64, block_n=128, block_k=256, **columns)
+    up, down = (tall, wide) if swapped else (wide, tall)  # the operand behind an index takes the narrow side
+    return (
+        ("fwd", "up", fwd), ("fwd", "down", fwd), ("bwd_dX", "up", dX), ("bwd_dX", "down", dX),
+        ("bwd_dW", "up", up), ("bwd_dW", "down", down),
+    )  # fmt: skip
+
+
+def plain_twins() -> Kernels:
+    """Plain kernels in the tiles of the specialised ones, so with sums of the same order; a stage less, to fit."""
+    return tuple(
+        (p, g, replace(config, warp_specialize=False, num_stages=config.num_stages - 1))
+        for p, g, config in specialized_kernels()
+    )
+
+
 # --- problems ---------------------------------------------------------------------------------------------------------
 
 

@@ -124,6 +124,7 @@ def test_underscore_keys(key: str, place: tuple[str, ...], made: Any) -> None:
         ("dtype", "a\nb", r"dtype: got 'a\nb'; allowed: float16, bfloat16, float32, float64, or null"),
         ("kernels.fwd.up.block_m", 1.5, "kernels.fwd.up.block_m: got 1.5; allowed: an integer, or null"),
         ("kernels.bwd_dW.use_tma_store", 1, "kernels.bwd_dW.use_tma_store: got 1; allowed: true or false, or null"),
+        ("kernels.fwd.warp_specialize", 1, "kernels.fwd.warp_specialize: got 1; allowed: true or false, or null"),
         ("backend", "triton", "backend: got 'triton'; allowed: a mapping with name"),
         ("backend", Backend.triton, "backend: got Backend.triton; allowed: a mapping with name"),
         ("backend", None, "backend: got None; allowed: a mapping with name"),
@@ -177,7 +178,7 @@ def test_right_values(key: str, value: Any, result: Any, made: Any) -> None:
 
 def test_every_field_goes_through() -> None:
     """Each leaf of the schema, set to another value, comes back; nothing else changes."""
-    others: dict[str, Any] = {"backend.name": "triton", "dtype": "float16", "weights.source": "live"}
+    others: dict[str, Any] = {"backend.name": "triton", "dtype": "float16", "weights.source": "live", "saved": "x"}
     for key in field_paths():
         node: Any = OmegaConf.structured(MoeConfig)
         for part in key.split("."):
@@ -229,6 +230,10 @@ def test_kernel_nodes() -> None:
     assert choice.get("bwd_dW", "up") is choice.get("bwd_dW", "down") is None
     assert not resolve_kernels(KernelsConfig()).explicit
     assert resolve_kernels(from_mapping({"kernels": {"fwd": {"use_tma_store": False}}}).kernels).explicit
+    but_one = {"bwd_dW": {"warp_specialize": True, "down": {"warp_specialize": False}}}
+    choice = resolve_kernels(from_mapping({"kernels": but_one}).kernels)
+    assert choice.get("bwd_dW", "up") == KernelConfigBackward_dW(warp_specialize=True)
+    assert choice.get("bwd_dW", "down") == KernelConfigBackward_dW()
 
 
 @pytest.mark.parametrize("through", [False, True], ids=["direct", "from_mapping"])
@@ -263,7 +268,8 @@ def test_wrong_kernel_configs(wrong: Any) -> None:
 
 def test_kernel_schema_has_every_field() -> None:
     """The nodes are derived from the kernel configs: no field is missing in YAML, none stated by default."""
-    for name, kernel in {"fwd": KernelConfigForward, "bwd_dX": KernelConfigBackward_dX}.items():
+    kernels = {"fwd": KernelConfigForward, "bwd_dX": KernelConfigBackward_dX, "bwd_dW": KernelConfigBackward_dW}
+    for name, kernel in kernels.items():
         leaves = {field.name for field in fields(kernel)}
         for prefix in (f"kernels.{name}", f"kernels.{name}.up", f"kernels.{name}.down"):
             assert {f"{prefix}.{leaf}" for leaf in leaves} <= set(field_paths())

@@ -21,7 +21,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from moefactory.config import GEMMS, PASSES, Backend, DType, MoeConfig, WeightsSource, as_dict, from_mapping
+from moefactory.config import GEMMS, PASSES, Backend, DType, MoeConfig, Saved, WeightsSource, as_dict, from_mapping
 from moefactory.rules import RULES, broken_rules, make_case
 
 FLAGS = ("permute_x", "permute_y", "fuse_swiglu", "fuse_combine", "dW_only", "dX_only", "autotune", "trace")
@@ -35,8 +35,20 @@ TMA = {  # launch -> (flag, the TMA flag that it forbids), from the design and f
     ("bwd_dW", "down"): [("permute_y", "use_tma_load_dy")],
 }
 GATHER = "kernels.bwd_dW.{}.gather_first"  # with it the operand is in order before the product: nothing is forbidden
+SPECIALIZED = {  # launch -> the tiles of its warp-specialised kernel, and the switches that change it
+    ("fwd", "up"): ([(128, 256, 64)], ["permute_x", "fuse_swiglu"]),
+    ("fwd", "down"): ([(128, 256, 64)], ["permute_y"]),
+    ("bwd_dX", "up"): ([(128, 64, 256)], ["permute_x"]),
+    ("bwd_dX", "down"): ([(128, 64, 256)], ["permute_y", "fuse_swiglu", "fuse_combine"]),
+    ("bwd_dW", "up"): ([(64, 128, 256), (64, 256, 128)], ["permute_x"]),
+    ("bwd_dW", "down"): ([(64, 128, 256), (64, 256, 128)], ["permute_y"]),
+}
 NOT_RUN_HERE = {  # the whole skip budget of a CPU: which legal rows it cannot run, and the reason it must give
     "device=cuda": (lambda config: config["device"] == "cuda", r"^device=cuda but torch sees no GPU here$"),
+    "interpreted warp_specialize": (
+        lambda config: any(value is True for key, value in config.items() if key.endswith(".warp_specialize")),
+        r"^kernels\.(fwd|bwd_dX|bwd_dW)\.(up|down)\.warp_specialize=true needs a GPU: its kernel is compiled only",
+    ),
     "interpreted bfloat16": (
         lambda config: (config["backend.name"], config["dtype"]) == ("triton", "bfloat16"),
         r"^Triton's interpreter does not compute bfloat16 rightly",
@@ -83,7 +95,7 @@ def flat(overrides: list[str]) -> Flat:
     return config
 
 
-ENUMS = {"backend.name": Backend, "weights.source": WeightsSource, "dtype": DType}
+ENUMS = {"backend.name": Backend, "weights.source": WeightsSource, "dtype": DType, "saved": Saved}
 
 
 def broken(config: Flat) -> list[str]:
@@ -113,7 +125,7 @@ def demands(rows: Rows) -> Holders:
     """Every demand on the matrix, with the rows that meet it."""
     configs = {row["id"]: flat(row["overrides"]) for row in rows}
     needed: Holders = {}
-    for part in (_flags, _tma, _tiles, _options, _fields, _rules, _covering):
+    for part in (_flags, _tma, _specialized, _tiles, _options, _fields, _rules, _covering):
         for demand in part(rows, configs, needed):
             needed.setdefault(demand, [])
     return needed
@@ -159,10 +171,50 @@ def switches(launch: tuple[str, str]) -> list[str]:
     return [*(flag for flag, _ in TMA[launch]), *gather, *tma_keys(*launch)]
 
 
+def _specialized(rows: Rows, configs: dict[str, Flat], needed: Holders) -> Iterator[tuple[Any, ...]]:
+    """Each launch alone as its warp-specialised kernel, each dW GEMM with gather_first, and all six at once.
+
+    A launch alone: its tiles, its switches and both 16-bit dtypes, on sizes that end inside a tile. All six: the other
+    number of stages and every switch, on sizes of whole tiles. Always so many rows that an expert has several tiles.
+    """
+    wanted: dict[tuple[Any, ...], Flat] = {}
+    ragged = {"model.hidden_size": 264, "model.moe_intermediate_size": 136, "model.num_experts": 4}
+    for (pass_name, gemm), (tiles, names) in SPECIALIZED.items():
+        node = f"{pass_name}.{gemm}"
+        for dtype, tile, *values in product(("bfloat16", "float16"), tiles, *[(False, True)] * len(names)):
+            config = {**specialized(node, tile), **ragged, "dtype": dtype, **dict(zip(names, values, strict=True))}
+            wanted["specialized", dtype, node, tile, *values] = config
+        if pass_name == "bwd_dW":
+            config = {**specialized(node, tiles[0]), **ragged, "dtype": "bfloat16", GATHER.format(gemm): True}
+            wanted["specialized", node, "gather_first"] = config
+    nodes = [("fwd", (128, 256, 64), 4), ("bwd_dX", (128, 64, 256), 4), ("bwd_dW", (64, 128, 256), 2)]
+    six = {key: value for node, tile, stages in nodes for key, value in specialized(node, tile, stages).items()}
+    six |= {"model.hidden_size": 256, "model.moe_intermediate_size": 128, "model.num_experts": 4, "dtype": "bfloat16"}
+    names = ["permute_x", "permute_y", "fuse_swiglu", "fuse_combine"]
+    for values in product((False, True), repeat=len(names)):
+        wanted["specialized", "all", *values] = {**six, **dict(zip(names, values, strict=True))}
+    for demand, config in wanted.items():
+        whole = {**DEFAULT, "backend.name": "triton", "autotune": False, **config}
+        for row in rows:
+            if configs[row["id"]] == whole and row["tokens"] == 700 and row["valid"]:
+                _hold(needed, demand, row)
+        yield demand
+
+
+def specialized(node: str, tile: tuple[int, int, int], stages: int | None = None) -> Flat:
+    """What a kernel node states to run its warp-specialised kernel."""
+    fields = {"warp_specialize": True, "num_warps": 8, "num_stages": stages}
+    fields |= dict(zip(("block_m", "block_n", "block_k"), tile, strict=True))
+    return {f"kernels.{node}.{name}": value for name, value in fields.items()}
+
+
 def _tiles(rows: Rows, configs: dict[str, Flat], needed: Holders) -> Iterator[tuple[Any, ...]]:
-    """For each kernel node (both GEMMs, up, down) a legal row that states all of its tile fields and nothing else."""
+    """For each kernel node (both GEMMs, up, down) a legal row that states all of its tile fields and nothing else.
+
+    Not `warp_specialize`, which has tiles of its own.
+    """
     nodes = {
-        node: {f"kernels.{node}.{name}" for name in vars(kernel()) if not name.startswith("use_tma")}
+        node: {f"kernels.{node}.{name}" for name in vars(kernel()) if not re.match("use_tma|warp_specialize", name)}
         for pass_name, kernel in PASSES.items()
         for node in (pass_name, f"{pass_name}.up", f"{pass_name}.down")
     }
@@ -233,7 +285,7 @@ def _rules(rows: Rows, configs: dict[str, Flat], needed: Holders) -> Iterator[tu
 
 # --- pairs and triples ------------------------------------------------------------------------------------------------
 
-UNREAD = {"trace", "fuse_combine", "norm_topk_prob", "tokens"}  # no rule reads them: they are feasible with anything
+UNREAD = {"fuse_combine", "norm_topk_prob", "tokens"}  # no rule reads them: they are feasible with anything
 
 
 def _settings(row: dict[str, Any], config: Flat) -> Flat:
@@ -242,7 +294,7 @@ def _settings(row: dict[str, Any], config: Flat) -> Flat:
     chosen |= {"dtype": config["dtype"], "tokens": row["tokens"]}
     if row["part"] == "pairs":
         return chosen | {"hidden_act": config["model.hidden_act"]}
-    return chosen | {"kernels": kernels(config)}
+    return chosen | {"kernels": kernels(config), "saved": config["saved"]}
 
 
 _FEASIBLE: dict[tuple[str, frozenset[Any]], bool] = {}
@@ -319,7 +371,7 @@ def test_every_row_is_needed(rows: Rows, needed: Holders) -> None:
     assert [row["id"] for row in rows if row["id"] not in alone] == []
 
 
-PARTS = ["flags", "tma", "tiles", "options", "pairs", "triples", "rules"]
+PARTS = ["flags", "tma", "specialized", "tiles", "options", "pairs", "triples", "rules"]
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -362,6 +414,9 @@ def test_verdicts(rows: Rows) -> None:
             if config[flag] and not (p == "bwd_dW" and config[GATHER.format(g)])
         ]
         assert row["valid"] == (not any(config[key] for key in forbidden)), row["id"]
+    special = [row["valid"] for row in rows if row["part"] == "specialized"]
+    # two dtypes of each launch's tiles and switches; gather_first of two GEMMs; four switches of all six at once
+    assert len(special) == sum(special) == 2 * (4 + 2 + 2 + 8 + 2 * 2 + 2 * 2) + 2 + 2**4
 
 
 def test_ids(rows: Rows) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -51,6 +52,11 @@ TMA = {  # pass, GEMM, the operand's flag -> the permute flag that forbids it, f
     ("bwd_dW", "up", "use_tma_load_x"): "permute_x",
     ("bwd_dW", "down", "use_tma_load_dy"): "permute_y",
 }
+SPECIALIZED = {  # pass -> the tiles and the numbers of stages of its warp-specialised kernels
+    "fwd": ([(128, 256, 64)], {3, 4}),
+    "bwd_dX": ([(128, 64, 256)], {3, 4}),
+    "bwd_dW": ([(64, 128, 256), (64, 256, 128)], {2, 3}),
+}
 
 
 def nested(overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -70,6 +76,15 @@ def case(*overrides: Mapping[str, Any]) -> Case:
     for some in overrides:
         merged.update(some)
     return make_case(from_mapping(nested(merged)))
+
+
+def specialized(node: str, **fields: Any) -> dict[str, Any]:
+    """A legal config in bfloat16 with the warp-specialised kernel of a pass, or of one GEMM of it, but for `fields`."""
+    tile = SPECIALIZED[node.partition(".")[0]][0][0]
+    sides = dict(zip(("block_m", "block_n", "block_k"), tile, strict=True))
+    kernel = {"warp_specialize": True, "num_warps": 8, **sides, **fields}
+    stated = {f"kernels.{node}.{name}": value for name, value in kernel.items()}
+    return {"backend.name": "triton", "autotune": False, "dtype": "bfloat16", **stated}
 
 
 def ids(judged: Case) -> list[str]:
@@ -221,6 +236,101 @@ def test_shared_memory_counts_both_operands() -> None:
             judged = case(base, fields, {f"kernels.{pass_name}.num_stages": stages})
             fits = shared_memory(pass_name, config, DType.float32) <= MAX_SHARED_MEMORY
             assert ids(judged) == ([] if fits else ["shared-memory"]), (pass_name, stages)
+
+
+# --- the warp-specialised kernels -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pass_name", PASSES)
+def test_specialized_tiles(pass_name: str) -> None:
+    """Of all tiles of these sides those of the kernels alone, for both GEMMs or for one."""
+    legal = []
+    for tile in product((64, 128, 256), repeat=3):
+        sides = dict(zip(("block_m", "block_n", "block_k"), tile, strict=True))
+        found = {node: ids(case(specialized(node, **sides))) for node in (pass_name, f"{pass_name}.up")}
+        assert len({tuple(broken) for broken in found.values()}) == 1, found
+        legal += [tile] if found[pass_name] == [] else []
+        assert ("warp-specialize" in found[pass_name]) == (found[pass_name] != [])
+    assert legal == SPECIALIZED[pass_name][0]
+
+
+@pytest.mark.parametrize("pass_name", PASSES)
+@pytest.mark.parametrize(("name", "values"), [("num_stages", range(1, 9)), ("num_warps", (1, 2, 4, 8, 16))])
+def test_specialized_stages_and_warps(pass_name: str, name: str, values: Any) -> None:
+    legal = {n for n in values if "warp-specialize" not in ids(case(specialized(pass_name, **{name: n})))}
+    assert legal == (SPECIALIZED[pass_name][1] if name == "num_stages" else {8})
+    assert all(ids(case(specialized(pass_name, **{name: n}))) == [] for n in legal)
+
+
+@pytest.mark.parametrize("dtype", DType)
+def test_specialized_dtypes(dtype: DType) -> None:
+    """Two bytes, and nothing wider; what is unknown until the weights were looked at is not judged."""
+    for pass_name in PASSES:
+        overrides = {**specialized(pass_name), "dtype": dtype.name}
+        found = ids(case(overrides))
+        assert found == [] if dtype.itemsize == 2 else found[0] == "warp-specialize", (pass_name, found)
+        live = from_mapping(nested({**overrides, "dtype": None, "weights.source": "live"}))
+        assert ids(make_case(live)) == []
+        assert ids(make_case(live, ResolvedModel(64, 32, 8, 2, True, "silu"), dtype)) == found
+
+
+def test_specialized_kernels_leave_the_other_flags_alone() -> None:
+    """flatten and each TMA flag, in every pass and GEMM; nothing else is wrong with these configs."""
+    free = {"permute_x": False, "permute_y": False, "fuse_swiglu": False}
+    for (pass_name, kernel), gemm in product(PASSES.items(), GEMMS):
+        node = f"{pass_name}.{gemm}"
+        for flag in (name for name in vars(kernel()) if name == "flatten" or name.startswith("use_tma")):
+            judged = case(specialized(node, **{flag: True}), free)
+            assert ids(judged) == ["warp-specialize"], (node, flag)
+            with pytest.raises(ConfigError, match=rf": kernels\.{node}\.warp_specialize=true with {flag}=true; "):
+                check_rules(judged)
+            assert ids(case(specialized(node, **{flag: True, "warp_specialize": False}), free)) == []
+
+
+def test_specialized_kernels_say_what_came() -> None:
+    """The GEMM that is wrong, and of a tile, its warps and its stages all three; a dtype by its name."""
+    wrong = specialized("bwd_dW.down", block_m=32)
+    with pytest.raises(ConfigError, match=r"bwd_dW\.down\.\w+=true with tile 32x128x256, num_warps=8, num_stages=3; "):
+        check_rules(case(wrong))
+    with pytest.raises(ConfigError, match=r"^warp-specialize: kernels\.fwd\.up\.warp_specialize=true in float32; "):
+        check_rules(case(specialized("fwd"), {"dtype": "float32"}))
+
+
+@pytest.mark.parametrize("switches", list(product((False, True), repeat=4)))
+def test_specialized_kernels_follow_an_index(switches: tuple[bool, ...]) -> None:
+    """All six launches with every setting of the switches: TMA moves only what is in expert order."""
+    names = ("permute_x", "permute_y", "fuse_swiglu", "fuse_combine")
+    assert ids(case(*map(specialized, PASSES), dict(zip(names, switches, strict=True)))) == []
+
+
+@pytest.mark.parametrize("size", ["hidden_size", "moe_intermediate_size"])
+def test_specialized_kernels_need_aligned_rows(size: str) -> None:
+    """They move by TMA: rows of a multiple of 16 bytes, 8 elements."""
+    for pass_name, width in product(PASSES, (8, 50, 56, 60)):
+        judged = case(specialized(pass_name), {f"model.{size}": width})
+        assert ids(judged) == ([] if width % 8 == 0 else ["tma-alignment"]), (pass_name, width)
+    row = rf"warp_specialize=true with model\.{size}=50 in bfloat16: 100 bytes a row; TMA needs rows"
+    with pytest.raises(ConfigError, match=rf"^tma-alignment: kernels\.bwd_dX\.up\.{row}"):
+        check_rules(case(specialized("bwd_dX"), {f"model.{size}": 50}))
+
+
+def test_specialized_shared_memory() -> None:
+    """dW stages its result apart from the operands; the others reuse theirs. The longest legal ring fits."""
+    for tile in SPECIALIZED["bwd_dW"][0]:
+        m, n, k = tile
+        plain = KernelConfigBackward_dW(m, n, k, num_warps=8, num_stages=3)
+        assert shared_memory("bwd_dW", plain, DType.bfloat16) == 3 * (64 * 128 + 64 * 256) * 2
+        special = replace(plain, warp_specialize=True)
+        assert shared_memory("bwd_dW", special, DType.bfloat16) == (3 * (64 * 128 + 64 * 256) + 128 * 256) * 2
+        assert shared_memory("bwd_dW", special, DType.bfloat16) <= MAX_SHARED_MEMORY
+        four = replace(special, num_stages=4)
+        assert shared_memory("bwd_dW", four, DType.bfloat16) > MAX_SHARED_MEMORY
+    for pass_name, tile in (("fwd", (128, 256, 64)), ("bwd_dX", (128, 64, 256))):
+        config = PASSES[pass_name](*tile, num_warps=8, num_stages=4, warp_specialize=True)
+        assert shared_memory(pass_name, config, DType.float16) == 4 * (128 * 64 + 64 * 256) * 2 <= MAX_SHARED_MEMORY
+
+
+# --- what is known, and in which process ------------------------------------------------------------------------------
 
 
 def test_unknown_sizes_are_not_judged() -> None:

@@ -157,8 +157,10 @@ def test_opcheck_plan_and_router() -> None:
     logits = torch.randn(6, 5, device=DEVICE)
     for norm in (True, False):
         torch.library.opcheck(router.top_k_softmax, (logits.clone().requires_grad_(), 2, norm))
-        chosen = logits.topk(2).indices
-        torch.library.opcheck(router.top_k_softmax_backward, (torch.randn(6, 2, device=DEVICE), logits, chosen, norm))
+        _, chosen, exact = router.top_k_softmax(logits, 2, norm)
+        saved = exact if norm else logits
+        arguments = (torch.randn(6, 2, device=DEVICE), saved, chosen, 5, norm)
+        torch.library.opcheck(router.top_k_softmax_backward, arguments)
 
 
 @pytest.mark.parametrize("wide", [torch.float32, torch.bfloat16], ids=dtype_id)

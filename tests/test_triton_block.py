@@ -35,13 +35,15 @@ from moefactory.config import (
     KernelConfigForward,
     MoeConfig,
     ResolvedModel,
+    Saved,
     WeightsError,
     WeightsSource,
+    resolve_kernels,
 )
 from moefactory.factory import build
 from moefactory.reference import ExpertOptions
 from moefactory.reference import compute_experts as torch_experts
-from moefactory.triton import pipeline
+from moefactory.triton import pipeline, plan
 from moefactory.triton.choice import choose
 from moefactory.triton.explain import launches
 from moefactory.triton.launch import record_launches
@@ -69,22 +71,26 @@ def _runs_here(config: MoeConfig) -> bool:
     """Which rows this kind of run takes; a row that states no device runs on either."""
     if config.backend.name is not Backend.triton or config.device not in {None, DEVICE}:
         return False
+    if any(k is not None and k.warp_specialize for k in resolve_kernels(config.kernels).configs.values()):
+        return HOPPER  # compiled only, and for Hopper alone
     return not (GPU and config.dtype is not None and config.dtype.value == "float64")
 
 
+HOPPER = GPU and torch.cuda.get_device_capability() == (9, 0)
 ROWS = [row for row in matrix.rows() if row.valid and _runs_here(matrix.config_of(row))]
 
 
 def test_nothing_is_left_out() -> None:
     """288 combinations of flags: 3 of 4 gradient choices, 3 of 4 of autotune and kernels; five flags are free.
 
-    Not run is only what asks for another device and, on a GPU, float64.
+    Not run is only what asks for another device, on a GPU float64, and off Hopper the specialised kernels.
     """
     flags = [row for row in ROWS if row.part == "flags"]
     assert len(flags) == 2**4 * 3 * 3 * 2
     other = {"moe.device=cpu" if GPU else "moe.device=cuda"} | ({"moe.dtype=float64"} if GPU else set())
     legal = [row for row in matrix.rows() if row.valid and "moe/backend=triton" in row.overrides]
-    assert all(other & set(row.overrides) for row in legal if row not in ROWS)
+    left = [row for row in legal if row not in ROWS and not other & set(row.overrides)]
+    assert all(not HOPPER and "warp_specialize=true" in " ".join(row.overrides) for row in left)
 
 
 def _data(block: Any, tokens: int) -> tuple[Tensor, Tensor]:
@@ -141,10 +147,12 @@ def expected_launches(block: Qwen3MoeFusedGroupedGEMMBlock, tokens: int) -> list
         return []
     needs = (not config.dW_only, True, not config.dX_only, not config.dX_only)
     flags = flags_of(config)
-    front = ["route_forward", "plan_histogram", "plan_prefix", "plan_positions"]
+    sort = ["plan_histogram", "plan_prefix", "plan_positions"]
+    front = ["route_forward", *(["plan_alone"] if tokens * block.model.top_k <= plan.BLOCK_ALONE else sort)]
     dW = {one.gemm: choose(one, block.gate.device)[0] for one in launches(block, tokens) if one.pass_name == "bwd_dW"}
     back = fused.expected_backward(flags, needs, (dW["up"].gather_first, dW["down"].gather_first))  # type: ignore[union-attr]
-    return [*front, *fused.expected_forward(flags), *back, "route_backward"]
+    again = [] if config.saved is not Saved.x else ["forward"] if config.permute_x else ["gather_rows", "forward"]
+    return [*front, *fused.expected_forward(flags), *again, *back, "route_backward"]
 
 
 def _source(config: MoeConfig, folder: Path) -> tuple[MoeConfig, Any]:
@@ -509,7 +517,7 @@ def test_explain_says_what_runs(
         for word, constant in WORDS[launch.pass_name, launch.gemm].items():
             assert (word in words) == bool(meta[constant]), (word, words)
         for name, value in asdict(config).items():
-            if name != "gather_first":
+            if name not in {"gather_first", "warp_specialize"}:  # what a kernel is given, and which it is
                 assert meta[name if name.startswith("num_") else name.upper()] == value
             told = re.search(rf"\b{name}=(\S+)", words)
             assert (told.group(1) if told else "False") == str(value)

@@ -21,15 +21,38 @@ import judge
 import pytest
 import torch
 import torch.nn.functional as F
-from fused import COMBINATIONS, GPU, Shape, dtype_id, flag_id, options, report, small_kernels, tma_kernels
+from fused import (
+    COMBINATIONS,
+    GPU,
+    Shape,
+    dtype_id,
+    flag_id,
+    options,
+    plain_twins,
+    report,
+    small_kernels,
+    specialized_kernels,
+    tma_kernels,
+)
 from judge import WEIGHTS, Tensors
 from torch import Tensor
 
 from moefactory.block import Qwen3MoeFusedGroupedGEMMBlock
-from moefactory.config import KernelConfigBackward_dW, KernelConfigBackward_dX, KernelConfigForward, ResolvedModel
+from moefactory.config import (
+    GEMMS,
+    PASSES,
+    DType,
+    KernelConfig,
+    KernelConfigBackward_dW,
+    KernelConfigBackward_dX,
+    KernelConfigForward,
+    ResolvedModel,
+)
 from moefactory.routing import RoutingPlan, make_plan
+from moefactory.triton import specialized_dW, specialized_rows
 from moefactory.triton.backward_dW import dW_gemm
-from moefactory.triton.backward_dX import dX_gemm
+from moefactory.triton.backward_dX import dX_gemm, dX_gemm_dswiglu
+from moefactory.triton.choice import SPECIALIZED_ROWS, Launch, bucket, choose
 from moefactory.triton.forward import Rows, forward_gemm
 from moefactory.triton.ops import compute_experts
 from moefactory.triton.schedule import tile_table
@@ -40,6 +63,9 @@ MODEL = ResolvedModel(128, 64, 8, 2, True, "silu")
 EDGE_FLAGS = [COMBINATIONS[i] for i in (0, 6, 9, 15)]
 by_flags = pytest.mark.parametrize("flags", COMBINATIONS, ids=flag_id)
 by_edge = pytest.mark.parametrize("flags", EDGE_FLAGS, ids=flag_id)
+HOPPER = GPU and torch.cuda.get_device_capability() == (9, 0)
+on_hopper = pytest.mark.skipif(not HOPPER, reason="needs compute capability 9.0, all that the specialised kernels know")
+by_kernels = pytest.mark.parametrize("kernels", ["shipped", pytest.param("specialized", marks=on_hopper)])
 
 
 @pytest.fixture(autouse=True)
@@ -70,6 +96,14 @@ def block_of(
 ) -> Qwen3MoeFusedGroupedGEMMBlock:
     weights = judge.unit_weights(model, dtype)
     return Qwen3MoeFusedGroupedGEMMBlock(model, *(weights[name].to(device) for name in WEIGHTS), **more)
+
+
+def stated(kernels: str) -> dict[str, Any]:
+    """A block's options for the shipped choice, or for the specialised kernels at any number of rows."""
+    if kernels == "shipped":
+        return {}
+    pairs = {p: tuple(c for q, _, c in specialized_kernels() if q == p) for p in PASSES}
+    return {"autotune": False, **{f"kernel_config_{p}": pair for p, pair in pairs.items()}}
 
 
 def tokens_of(
@@ -110,7 +144,7 @@ def test_deterministic(flags: dict[str, bool]) -> None:
     assert wrong == 0
 
 
-def _ragged(experts: int = 16, top_k: int = 2, tokens: int = 500) -> tuple[RoutingPlan, Rows]:
+def _ragged(experts: int = 16, top_k: int = 2, tokens: int = 500, block_m: int = 64) -> tuple[RoutingPlan, Rows]:
     """Experts with uneven counts: whole tiles and ragged ones side by side; one expert without rows."""
     g = torch.Generator().manual_seed(0)
     weights = torch.rand(experts, generator=g) ** 2
@@ -118,7 +152,7 @@ def _ragged(experts: int = 16, top_k: int = 2, tokens: int = 500) -> tuple[Routi
     ids = torch.multinomial(weights.expand(tokens, -1), top_k, generator=g)
     plan = make_plan(ids.cuda(), experts)
     offsets = plan.group_offsets
-    return plan, Rows(offsets, plan.gather_indices, top_k, tile_table(offsets, plan.gather_indices.shape[0], 64))
+    return plan, Rows(offsets, plan.gather_indices, top_k, tile_table(offsets, plan.gather_indices.shape[0], block_m))
 
 
 TMA_TILE: dict[str, Any] = {"block_m": 64, "block_n": 64, "block_k": 64, "num_warps": 4, "num_stages": 3}
@@ -166,6 +200,159 @@ def test_tma_in_every_number_of_stages(flags: dict[str, bool], stages: int) -> N
     again = fused.run(p, options(flags, shape.top_k, tma_kernels(flags, stages=stages)))
     assert fused.differing(again, got) == []
     report("tma stages", flags=flag_id(flags), stages=stages, ok=True)
+
+
+# --- warp-specialised kernels -----------------------------------------------------------------------------------------
+
+SPECIALIZED_SHAPES = [
+    Shape(200, 10, 2, 520, 264, "dropped"),  # every dimension ends inside a tile; more dW tiles than multiprocessors
+    Shape(700, 157, 4, 64, 32, "gaps"),  # more row tiles than multiprocessors, each smaller than its box
+    Shape(400, 3, 2, 256, 128),  # whole tiles: several row tiles an expert, the last one ragged
+    Shape(150, 8, 2, 72, 40, "gaps"),  # rows of 8 elements, not of 16; empty experts first, amid and last
+    Shape(33, 3, 2, 72, 40, "none"),  # dropped slots alone
+    Shape(1, 8, 2, 64, 32),
+]
+SPECIALIZED_CASES = [(shape, torch.bfloat16) for shape in SPECIALIZED_SHAPES]
+SPECIALIZED_CASES += [(shape, torch.float16) for shape in SPECIALIZED_SHAPES[:1] + SPECIALIZED_SHAPES[3:4]]
+BELOW_DSWIGLU = {"dx", "drouting_weights", "gate_up_proj"}  # what is made of the fused dH and its <dA, A>
+
+
+@on_hopper
+@pytest.mark.parametrize(("shape", "dtype"), SPECIALIZED_CASES, ids=lambda v: str(v).removeprefix("torch."))
+@by_flags
+def test_specialized(flags: dict[str, bool], shape: Shape, dtype: torch.dtype) -> None:
+    """The rule, and the bits of the plain kernels in the same tiles; fresh memory holds NaN.
+
+    The fused dSwiGLU rounds its float32 intermediates in another order: what comes after it is held to the rule alone.
+    """
+    p = fused.problem(shape, dtype)
+    with fused.surroundings():
+        plain, got = (fused.run(p, options(flags, shape.top_k, k)) for k in (plain_twins(), specialized_kernels()))
+    assert fused.yardstick(shape, dtype).complaints(got) == []
+    assert set(fused.differing(plain, got)) <= (BELOW_DSWIGLU if flags["fuse_swiglu"] else set())
+
+
+@on_hopper
+@by_edge
+def test_specialized_in_other_tiles_and_stages(flags: dict[str, bool]) -> None:
+    """dW gathers its wide operand, rings have their fewest stages: the same bits as the shipped tiles give."""
+    shape = SPECIALIZED_SHAPES[0]
+    p = fused.problem(shape, torch.bfloat16)
+    with fused.surroundings():
+        got = [fused.run(p, options(flags, shape.top_k, specialized_kernels(swapped=s))) for s in (False, True)]
+    assert fused.differing(*got) == []
+
+
+@on_hopper
+@by_edge
+def test_specialized_in_few_programs(flags: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three programs walk all tiles, their rings come round many times: the bits of a program a multiprocessor."""
+    for shape in SPECIALIZED_SHAPES[:4]:
+        p, o = fused.problem(shape, torch.bfloat16), options(flags, shape.top_k, specialized_kernels())
+        with fused.surroundings(), monkeypatch.context() as patch:
+            many = fused.run(p, o)
+            for module in (specialized_rows, specialized_dW):
+                patch.setattr(module, "num_programs", lambda device: 3)
+            assert fused.differing(fused.run(p, o), many) == []
+
+
+@on_hopper
+@by_flags
+def test_specialized_keeps_nan_in_its_expert(flags: dict[str, bool]) -> None:
+    """Every token of one expert is NaN, in x and in dY: the other tokens and experts keep their bits.
+
+    Rows of neighbours lie in one box of TMA, and row 0, which is NaN, is what a lane past an expert's end reads.
+    """
+    shape = Shape(350, 5, 1, 72, 40)
+    p = fused.problem(shape, torch.bfloat16)
+    expert = int(p.selected_experts[0, 0])
+    bad = p.selected_experts[:, 0] == expert
+    x, dy = (torch.where(bad[:, None], torch.nan, t) for t in (p.x, p.dy))
+    o = options(flags, 1, specialized_kernels())
+    clean, got = fused.run(p, o), fused.run(replace(p, x=x, dy=dy), o)
+    others = torch.arange(shape.experts) != expert
+    kept = {name: others if name in {"gate_up_proj", "down_proj"} else ~bad for name in clean}
+    assert [name for name, rows in kept.items() if not torch.equal(got[name][rows], clean[name][rows])] == []
+    assert all(bool(got[name][~rows].isnan().all()) for name, rows in kept.items())
+
+
+@on_hopper
+@by_edge
+def test_specialized_is_deterministic(flags: dict[str, bool]) -> None:
+    """1,000 forwards and backwards over experts of some 75 rows: the bits of the first."""
+    block, (x, dy) = block_of(**flags, **stated("specialized")), tokens_of(300)
+    wrong, seconds = repeated(lambda: step(block, x, dy), REPEATS)
+    ms = round(seconds / REPEATS * 1e3, 3)
+    report("specialized deterministic", flags=flag_id(flags), repeats=REPEATS, wrong=wrong, ms=ms)
+    assert wrong == 0
+
+
+SPECIALIZED_LAUNCHES = [
+    "forward", "forward gathered", "forward scattered", "forward_up", "forward_up gathered",
+    "dX", "dX gathered", "dX scattered", "dX_dswiglu", "dX_dswiglu gathered",
+    "dW up", "dW up gathered", "dW down", "dW down gathered",
+]  # fmt: skip
+
+
+@on_hopper
+@pytest.mark.parametrize("launched", SPECIALIZED_LAUNCHES)
+def test_specialized_kernel_repeats(launched: str) -> None:
+    """10,000 launches of each kernel, every one of which stores by TMA or by rows: the plain kernel's bits each time.
+
+    The fused dSwiGLU is compared with its own first launch; that one is within float32's rounding of the plain one.
+    """
+    plan, rows = _ragged(tokens=1500, block_m=128)
+    m, experts, hidden, width = plan.gather_indices.shape[0], 16, 520, 264
+    kernel, _, how = launched.partition(" ")
+    gathered, scattered = "gathered" in how, "scattered" in how
+    gemm = "up" if kernel == "forward_up" or how.startswith("up") else "down"
+    pass_name = {"forward": "fwd", "forward_up": "fwd", "dW": "bwd_dW"}.get(kernel, "bwd_dX")
+    divisor = rows.top_k if gathered else 0
+    read = m // rows.top_k if gathered else m
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, device="cuda").bfloat16()
+
+    configs: dict[bool, Any] = {
+        special: next(c for p, g, c in kernels if (p, g) == (pass_name, gemm))
+        for special, kernels in ((True, specialized_kernels()), (False, plain_twins()))
+    }
+    if pass_name == "fwd":
+        x, w, swiglu = draw(read, hidden), draw(experts, 2 * width, hidden) * hidden**-0.5, kernel == "forward_up"
+
+        def run(special: bool) -> list[Tensor]:
+            how = {"permute_x": gathered, "permute_y": scattered, "swiglu": swiglu, "store_h": swiglu}
+            return [t for t in forward_gemm(x, w, rows, configs[special], **how) if t is not None]
+    elif pass_name == "bwd_dX":
+        dy, w, h, s = draw(read, hidden), draw(experts, hidden, width) * hidden**-0.5, draw(m, 2 * width), draw(m)
+
+        def run(special: bool) -> list[Tensor]:
+            config = configs[special]
+            if kernel == "dX_dswiglu":
+                return list(dX_gemm_dswiglu(dy, w, h, s, rows, config, dy_divisor=divisor))
+            return [dX_gemm(dy, w, rows, config, dy_divisor=divisor, scatter=scattered)]
+    else:
+        narrow, other = draw(read, hidden), draw(m, width)
+
+        def run(special: bool) -> list[Tensor]:
+            config = configs[special]
+            if gemm == "up":  # x is the one behind the index
+                return [dW_gemm(other, narrow, rows, experts, config, x_divisor=divisor)]
+            return [dW_gemm(narrow, other, rows, experts, config, dy_divisor=divisor)]
+
+    plain, first = run(False), run(True)
+    if kernel == "dX_dswiglu":
+        (dh, scaled_a, ds), (plain_dh, plain_scaled_a, plain_ds) = first, plain
+        assert torch.equal(scaled_a, plain_scaled_a)
+        last_bit = torch.finfo(torch.bfloat16).eps
+        torch.testing.assert_close(dh, plain_dh, rtol=last_bit, atol=1e-5 * float(plain_dh.abs().max()))
+        torch.testing.assert_close(ds, plain_ds, rtol=1e-5, atol=1e-5 * float(plain_ds.abs().max()))
+    else:
+        assert all(torch.equal(one, other) for one, other in zip(first, plain, strict=True))
+    wrong, seconds = repeated(lambda: run(True), TMA_REPEATS)
+    us = round(seconds / TMA_REPEATS * 1e6, 1)
+    report("specialized kernel", kernel=launched, repeats=TMA_REPEATS, wrong=wrong, us=us)
+    assert wrong == 0
 
 
 # --- the launch cache -------------------------------------------------------------------------------------------------
@@ -328,13 +515,31 @@ QWEN = {
 }
 
 
+def _chosen(p: fused.Problem, flags: dict[str, bool]) -> list[KernelConfig]:
+    """The configs of a step's six launches."""
+    experts, width, hidden = p.gate_up_proj.shape
+    rows = bucket(p.selected_experts.numel(), experts)
+    sizes = {"up": (width, hidden), "down": (hidden, width // 2)}
+    launches = [
+        Launch(pass_name, gemm, experts, *sizes[gemm], rows, DType.bfloat16, options(flags, p.top_k))
+        for pass_name in PASSES
+        for gemm in GEMMS
+    ]
+    return [choose(launch, p.x.device)[0] for launch in launches]
+
+
 @pytest.mark.parametrize("name", QWEN)
 @pytest.mark.parametrize("flags", [COMBINATIONS[0], COMBINATIONS[15]], ids=flag_id)
 def test_qwen_sizes(name: str, flags: dict[str, bool]) -> None:
-    """Qwen3's real sizes, shipped choice: 48 tokens and the busiest, idlest and last expert against float64."""
+    """Qwen3's real sizes, shipped choice: 48 tokens and the busiest, idlest and last expert against float64.
+
+    On Hopper the two large ones run the warp-specialised kernels.
+    """
     model, tokens = QWEN[name]
     with alone():
         p = _large(model, tokens)
+        specialized = HOPPER and bucket(tokens * model.top_k, model.num_experts) >= SPECIALIZED_ROWS
+        assert {config.warp_specialize for config in _chosen(p, flags)} == {specialized}
         counts = torch.bincount(p.selected_experts.flatten(), minlength=model.num_experts)
         order = counts.argsort().tolist()
         experts = sorted({order[0], order[-1], model.num_experts - 1})
@@ -368,11 +573,12 @@ def test_addresses_beyond_32_bits(name: str, flags: dict[str, bool]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")  # that it is a prototype
+@by_kernels
 @by_flags
-def test_no_synchronisation(flags: dict[str, bool]) -> None:
+def test_no_synchronisation(flags: dict[str, bool], kernels: str) -> None:
     """Neither a forward nor a backward asks the device for a number; tracing included."""
     for trace in (False, True):
-        block, (x, dy) = block_of(**flags, trace=trace), tokens_of(64)
+        block, (x, dy) = block_of(**flags, **stated(kernels), trace=trace), tokens_of(64)
         run = (lambda x: (block(x)[0].hidden_states,)) if trace else block  # type: ignore[misc]  # noqa: B023
 
         def both(run: Any = run, x: Tensor = x, dy: Tensor = dy) -> None:
@@ -402,10 +608,11 @@ def _captured(run: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, li
 
 
 @pytest.mark.parametrize("whole", ["forward", "step"])
+@by_kernels
 @by_edge
-def test_cuda_graph(flags: dict[str, bool], whole: str) -> None:
+def test_cuda_graph(flags: dict[str, bool], kernels: str, whole: str) -> None:
     """Captured once, replayed with other tokens, so with another routing: the bits of an eager run each time."""
-    block, (x, dy) = block_of(**flags), tokens_of(96)
+    block, (x, dy) = block_of(**flags, **stated(kernels)), tokens_of(96)
     static = x.clone()
 
     def run() -> list[Tensor]:
@@ -422,7 +629,7 @@ def test_cuda_graph(flags: dict[str, bool], whole: str) -> None:
         graph.replay()
         got = [t.clone() for t in results]
         assert all(torch.equal(one, two) for one, two in zip(got, run(), strict=True))
-    report("cuda graph", flags=flag_id(flags), what=whole, ok=True)
+    report("cuda graph", flags=flag_id(flags), kernels=kernels, what=whole, ok=True)
 
 
 def test_streams() -> None:

@@ -472,7 +472,7 @@ def test_router(sizes: tuple[int, int, int], norm: bool) -> None:
     weights, selected = route(wide, torch.eye(experts, dtype=torch.float64), top_k, norm)[1:]
     (exact,) = torch.autograd.grad(weights, wide, dweights.double())
     leaf = embedded(logits).requires_grad_()
-    got, ids = top_k_softmax(leaf, top_k, norm)
+    got, ids, _ = top_k_softmax(leaf, top_k, norm)
     assert torch.equal(ids.cpu(), selected)
     assert ids.dtype == torch.int64
     check(got, weights.detach())
@@ -487,7 +487,7 @@ def _router_gradient(logits: Tensor, dweights: Tensor, top_k: int, norm: bool) -
         weights = route(leaf, torch.eye(t.shape[1], dtype=t.dtype), top_k, norm)[1]
         found.append(torch.autograd.grad(weights, leaf, dweights.to(t.dtype))[0])
     leaf = logits.to(DEVICE).requires_grad_()
-    weights, _ = top_k_softmax(leaf, top_k, norm)
+    weights = top_k_softmax(leaf, top_k, norm)[0]
     return torch.autograd.grad(weights, leaf, dweights.to(DEVICE))[0].cpu(), *found
 
 
@@ -514,7 +514,7 @@ def test_router_gradient_of_one_expert_is_zero(dtype: torch.dtype) -> None:
 def test_router_breaks_ties_by_the_lowest_expert(dtype: torch.dtype) -> None:
     """Equal logits, many at the border, and logits so low that their probability is zero."""
     logits = torch.tensor([[1, 1, 1, 1, 1, 1, 1], [0, 2, 1, 2, 1, 1, 0], [0, -900, -900, -900, -900, -900, -900]])
-    weights, ids = top_k_softmax(logits.to(DEVICE, dtype), 3, True)
+    weights, ids, _ = top_k_softmax(logits.to(DEVICE, dtype), 3, True)
     assert ids.tolist() == [[0, 1, 2], [1, 3, 2], [0, 1, 2]]
     torch.testing.assert_close(weights[0].float().cpu(), torch.full((3,), 1 / 3), atol=2e-3, rtol=0)
     assert weights[2].tolist() == [1, 0, 0]
@@ -523,10 +523,10 @@ def test_router_breaks_ties_by_the_lowest_expert(dtype: torch.dtype) -> None:
 def test_router_of_nan() -> None:
     """A row with NaN gets NaN weights and distinct ids in range; no other row is touched."""
     logits = torch.randn(5, 6)
-    clean, ids = top_k_softmax(logits.to(DEVICE), 3, True)
+    clean, ids, _ = top_k_softmax(logits.to(DEVICE), 3, True)
     for bad in (torch.nan, torch.inf):
         logits[2, 1] = bad
-        weights, chosen = top_k_softmax(logits.to(DEVICE), 3, True)
+        weights, chosen, _ = top_k_softmax(logits.to(DEVICE), 3, True)
         assert weights[2].isnan().all()
         assert all(0 <= e < 6 for e in chosen[2].tolist())
         assert len(set(chosen[2].tolist())) == 3
@@ -539,7 +539,7 @@ def test_router_of_nan() -> None:
 def test_router_writes_once() -> None:
     leaf = torch.randn(19, 7).requires_grad_()
     with write_recorder() as recorder:
-        weights, ids = top_k_softmax(leaf, 3, True)
+        weights, ids, _ = top_k_softmax(leaf, 3, True)
         (dlogits,) = torch.autograd.grad(weights, leaf, torch.ones_like(weights))
         recorder.check_written_once(weights.detach(), ids, dlogits)
 

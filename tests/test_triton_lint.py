@@ -1,6 +1,7 @@
 """What can be read off the source of the Triton backend: masks, precision, offsets, atomics, synchronisation, imports.
 
-Each reader is tried on a planted fault first: a lint that finds nothing in anything would pass, too.
+Each reader is tried on a planted fault first: a lint that finds nothing in anything would pass, too. Gluon kernels are
+read as if they were Triton's: `gl.` is `tl.` to every reader.
 """
 
 from __future__ import annotations
@@ -24,14 +25,36 @@ SYNCHRONISING = {
     "item", "tolist", "cpu", "numpy", "nonzero", "bincount", "unique", "repeat_interleave", "synchronize",
     "masked_select", "argwhere", "histc", "is_nonzero",
 }  # fmt: skip
-INDEX_WORDS = ("indices", "offsets", "counts", "starts", "tile_expert", "tile_row", "num_tiles", "selected", "index")
-WIDTHS = {"N", "K", "H", "I", "E", "M", "out_width"}  # row lengths: what a row, slot or expert number is multiplied by
+INDEX_WORDS = (
+    "indices", "offsets", "counts", "starts", "tile_expert", "tile_row", "num_tiles", "selected", "index", "gather_ptr",
+)  # fmt: skip
+WIDTHS = {
+    "N",
+    "K",
+    "H",
+    "I",
+    "E",
+    "M",
+    "P",
+    "Q",
+    "width",
+    "out_width",
+}  # row lengths: what a row, slot or expert number is multiplied by
 INSIDE_ONE_MATRIX = {"n * K"}  # the offset of a row of one expert's weight: N * K elements, below 2^31 in any model
 
 
-def kernels(text: str) -> Iterator[ast.FunctionDef]:
-    """The functions under @triton.jit."""
-    for node in ast.walk(ast.parse(text)):
+def parsed(text: str) -> ast.Module:
+    """The source, Gluon's names as Triton's."""
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and node.id == "gl":
+            node.id = "tl"
+    return tree
+
+
+def kernels(tree: ast.Module) -> Iterator[ast.FunctionDef]:
+    """The functions under @triton.jit and @gluon.jit."""
+    for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(d) for d in node.decorator_list):
             yield node
 
@@ -45,7 +68,7 @@ def calls(tree: ast.AST, *names: str) -> Iterator[ast.Call]:
 def unmasked_other(text: str) -> list[str]:
     """Loads with a mask and no `other`: what masked lanes hold is undefined."""
     found = []
-    for kernel in kernels(text):
+    for kernel in kernels(parsed(text)):
         for call in calls(kernel, "tl.load"):
             named = {keyword.arg for keyword in call.keywords}
             if ("mask" in named or len(call.args) > 1) and "other" not in named and len(call.args) < 3:
@@ -57,7 +80,7 @@ def atomics(text: str) -> list[str]:
     """Anything whose order is up to the hardware."""
     return [
         f"{kernel.name}: {ast.unparse(node)}"
-        for kernel in kernels(text)
+        for kernel in kernels(parsed(text))
         for node in ast.walk(kernel)
         if isinstance(node, ast.Attribute) and "atomic" in node.attr
     ]
@@ -67,7 +90,7 @@ def low_precision(text: str) -> list[str]:
     """Arithmetic on a loaded value that was not widened: a load must be chained with .to(), or only moved or multiplied
     by tl.dot. Loads of indices are integers."""
     found = []
-    for kernel in kernels(text):
+    for kernel in kernels(parsed(text)):
         narrow = set()
         for node in ast.walk(kernel):
             if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and _plain_load(node.value):
@@ -80,7 +103,8 @@ def low_precision(text: str) -> list[str]:
         for node in ast.walk(kernel):
             operands = [node.left, node.right] if isinstance(node, ast.BinOp) else []
             operands += list(node.args) if isinstance(node, ast.Call) and ast.unparse(node.func) in REDUCTIONS else []
-            for operand in operands:
+            for signed in operands:
+                operand = signed.operand if isinstance(signed, ast.UnaryOp) else signed
                 name = operand.id if isinstance(operand, ast.Name) else ""
                 if name in narrow - widened or _plain_load(operand):
                     found.append(f"{kernel.name}: {ast.unparse(node)}")
@@ -91,16 +115,16 @@ REDUCTIONS = ("tl.sum", "tl.exp", "tl.max", "tl.sigmoid", "tl.maximum", "tl.cums
 
 
 def _plain_load(node: ast.AST) -> bool:
-    """A tl.load of numbers that is not followed by .to()."""
-    if not (isinstance(node, ast.Call) and ast.unparse(node.func) == "tl.load"):
+    """A load of numbers that is not followed by .to(): tl.load, or the method of a descriptor or of shared memory."""
+    if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "load"):
         return False
-    return not any(word in ast.unparse(node.args[0]) for word in INDEX_WORDS)
+    return not (ast.unparse(node.func) == "tl.load" and any(w in ast.unparse(node.args[0]) for w in INDEX_WORDS))
 
 
 def narrow_offsets(text: str) -> list[str]:
     """Products of a row, slot or expert number with a row length in which the number is not int64."""
     found = []
-    for kernel in kernels(text):
+    for kernel in kernels(parsed(text)):
         wide = {"token"} if "token = tl.program_id(0).to(tl.int64)" in ast.unparse(kernel) else set[str]()
         assigned: dict[str, list[ast.expr]] = {}
         for node in ast.walk(kernel):
@@ -143,7 +167,7 @@ def _is_wide(node: ast.AST, wide: set[str]) -> bool:
 def waits(text: str) -> list[str]:
     """Calls of host code that wait for the device, kernels left out."""
     tree = ast.parse(text)
-    inside = {id(node) for kernel in kernels(text) for node in ast.walk(kernel)}
+    inside = {id(node) for kernel in kernels(tree) for node in ast.walk(kernel)}
     found = []
     for node in ast.walk(tree):
         if id(node) in inside or not isinstance(node, ast.Call):
@@ -177,6 +201,13 @@ PLANTED: list[tuple[Callable[[str], list[str]], str]] = [
     (low_precision, "@triton.jit\ndef k(p, q):\n    x = tl.load(p, mask=q, other=0.0)\n    tl.store(q, tl.sum(x))"),
     (narrow_offsets, "@triton.jit\ndef k(p, K):\n    row = tl.arange(0, 16)\n    tl.store(p + row[:, None] * K, 0)"),
     (narrow_offsets, "@triton.jit\ndef k(p, e, N, K):\n    tl.store(p + e * N * K, 0)"),
+    (unmasked_other, "@gluon.jit\ndef k(p, m):\n    x = gl.load(p, mask=m)"),
+    (atomics, "@gluon.jit\ndef k(p, v):\n    gl.atomic_add(p, v)"),
+    (low_precision, "@gluon.jit\ndef k(p, q):\n    x = gl.load(p)\n    gl.store(q, x * 2)"),
+    (low_precision, "@gluon.jit\ndef k(s, q, layout):\n    x = s.index(0).load(layout)\n    gl.store(q, gl.exp(-x))"),
+    (low_precision, "@gluon.jit\ndef k(s, q, layout):\n    gl.store(q, gl.sum(s.load(layout), axis=1))"),
+    (narrow_offsets, "@gluon.jit\ndef k(p, slot, width):\n    gl.store(p + slot[:, None] * width, 0)"),
+    (narrow_offsets, "@gluon.jit\ndef k(p, slots, D, Q):\n    row = slots // D\n    gl.store(p + row[:, None] * Q, 0)"),
     (waits, "def f(x):\n    return x.sum().item()"),
     (waits, "def f(x):\n    return x.to('cpu')"),
     (waits, "def f(x):\n    return torch.bincount(x)"),
@@ -191,6 +222,15 @@ FINE = (
     "    acc = tl.dot(w_tile, tl.trans(w_tile), acc)\n"
     "    tl.store(y_ptr + (slot // 2).to(tl.int64) * K, x * 2 + slot + 1)\n"
 )
+FINE_GLUON = (
+    "@gluon.jit\ndef k(x_ptr, gather_ptr, y_ptr, stage, width, K, layout):\n"
+    "    slot = gl.load(gather_ptr + row, mask=m, other=0)\n"
+    "    x_ptrs = x_ptr + (slot // 2).to(gl.int64)[:, None] * K\n"
+    "    gate = stage.index(0).load(layout).to(gl.float32)\n"
+    "    gl.store(y_ptr + slot.to(gl.int64)[:, None] * width, stage.load(layout), mask=m)\n"
+    "    gl.store(y_ptr, gl.sum(gate * gate, axis=1))\n"
+    "    row.item()\n"
+)
 
 
 @pytest.mark.parametrize(("lint", "text"), PLANTED, ids=[f"{lint.__name__}-{i}" for i, (lint, _) in enumerate(PLANTED)])
@@ -198,9 +238,10 @@ def test_a_planted_fault_is_found(lint: Callable[[str], list[str]], text: str) -
     assert lint(text)
 
 
+@pytest.mark.parametrize("text", [FINE, FINE_GLUON], ids=["triton", "gluon"])
 @pytest.mark.parametrize("lint", [unmasked_other, atomics, low_precision, narrow_offsets, waits, at_import])
-def test_a_good_kernel_is_let_through(lint: Callable[[str], list[str]]) -> None:
-    assert lint(FINE) == []
+def test_a_good_kernel_is_let_through(lint: Callable[[str], list[str]], text: str) -> None:
+    assert lint(text) == []
 
 
 @pytest.mark.parametrize("lint", [unmasked_other, atomics, low_precision, narrow_offsets, at_import])
@@ -215,8 +256,11 @@ def test_no_step_waits_for_the_device(name: str) -> None:
 
 
 def test_the_lints_see_every_kernel() -> None:
-    """Each file that launches holds a kernel, and the readers above found it."""
-    assert {name for name, text in FILES.items() if "\n    launch(" in text or " launch(" in text} - {
-        name for name, text in FILES.items() if list(kernels(text))
-    } <= {"launch.py"}
-    assert sum(len(list(kernels(text))) for text in FILES.values()) >= 12
+    """Each file that launches holds a kernel, and the readers above found it; Gluon's are among them."""
+    found = {name: list(kernels(parsed(text))) for name, text in FILES.items()}
+    launching = {name for name, text in FILES.items() if "\n    launch(" in text or " launch(" in text}
+    assert launching - {name for name, inside in found.items() if inside} <= {"launch.py"}
+    assert sum(map(len, found.values())) >= 12
+    gluon = [name for name in FILES if name.startswith("specialized")]
+    assert {name: len(found[name]) for name in gluon} == {name: FILES[name].count("@gluon.jit") for name in gluon}
+    assert len(gluon) == 3

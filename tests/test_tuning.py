@@ -16,6 +16,7 @@ from interpreter import install_bfloat16_shim, install_launch_fixes
 
 from moefactory import ConfigError, Qwen3MoeFusedGroupedGEMMBlock, ResolvedModel
 from moefactory.config import DType
+from moefactory.rules import SPECIALIZED_TILES
 from moefactory.triton import cache, choice, lookup, pipeline, probe, search_space, tuning
 from moefactory.triton.choice import Launch, shipped
 from moefactory.triton.explain import launches
@@ -123,6 +124,53 @@ def test_the_search_space_varies_every_field_but_tma_stores(pass_name, gemm):
     values = {name: {getattr(config, name) for config in found} for name in asdict(found[0])}
     assert values.pop("use_tma_store") == {False}
     assert {name: seen for name, seen in values.items() if len(seen) < 2} == {}
+
+
+@pytest.mark.parametrize("rows", [16, 64, 128, 1024])
+@pytest.mark.parametrize(("pass_name", "gemm"), LAUNCHES)
+def test_both_kinds_of_kernel_are_tried_on_hopper(pass_name, gemm, rows):
+    """Whichever is shipped, all specialised configs are candidates, and 30 plain ones beside them, TMA included."""
+    for flags in FLAGS:
+        launch = launch_of(pass_name, gemm, flags, DType.bfloat16, 2048, 768, 128, rows, 8)
+        found = candidates(launch, 90)
+        special = [config for config in found if config.warp_specialize]
+        assert found[0].warp_specialize == (rows >= choice.SPECIALIZED_ROWS)
+        tiles = {(c.block_m, c.block_n, c.block_k, c.num_stages) for c in special}
+        stages = (2, 3) if pass_name == "bwd_dW" else (3, 4)
+        assert tiles == {(*tile, s) for tile in SPECIALIZED_TILES[pass_name] for s in stages}
+        copies = {getattr(config, "gather_first", False) for config in special}
+        indexed = flags[0] if gemm == "up" else flags[1]
+        assert copies == ({False, True} if pass_name == "bwd_dW" and indexed else {False})
+        plain = [config for config in found if not config.warp_specialize]
+        assert len(plain) >= 30
+        assert any(value for name, value in asdict(plain[0]).items() if name.startswith("use_tma_load"))
+        assert len({config.num_warps for config in plain}) == 2
+
+
+def test_plain_neighbours_of_a_specialised_choice_begin_at_the_plain_one(monkeypatch):
+    """The plain candidates are those that would be tried if the specialised kernels did not exist."""
+    launch = launch_of("bwd_dW", "up", ALL_ON, DType.bfloat16, 2048, 768, 128, 256, 8)
+    found = [config for config in candidates(launch, 90) if not config.warp_specialize]
+    monkeypatch.setattr(choice, "SPECIALIZED_ROWS", float("inf"))
+    shipped.cache_clear()
+    candidates.cache_clear()
+    try:
+        without = [config for config in candidates(launch, 90) if not config.warp_specialize]
+    finally:
+        shipped.cache_clear()
+        candidates.cache_clear()
+    assert not without[0].warp_specialize
+    assert found == without[: len(found)]
+
+
+@pytest.mark.parametrize("capability", [0, 80, 100, 120])
+def test_specialised_kernels_are_tried_on_hopper_alone(capability):
+    """Nor there in float32, nor where a weight's address or a row's length keeps TMA from it."""
+    launch = launch_of("fwd", "up", ALL_ON, DType.bfloat16, 2048, 768, 128, 256, 8)
+    float32, unaligned = replace(launch, dtype=DType.float32), replace(launch, aligned=False)
+    odd = launch_of("fwd", "up", ALL_ON, DType.bfloat16, 2044, 768, 128, 256, 8)
+    tried = [*candidates(launch, capability), *(c for one in (float32, unaligned, odd) for c in candidates(one, 90))]
+    assert not any(config.warp_specialize for config in tried)
 
 
 def test_a_candidate_that_a_rule_forbids_is_pruned():
@@ -466,7 +514,7 @@ def test_the_host_clock_serves_where_there_is_no_gpu():
 @pytest.mark.gpu
 def test_tune_on_a_gpu(monkeypatch, folder):
     """The GPU's own clock, a few candidates: all are right, winners are used, nothing is searched twice."""
-    monkeypatch.setattr(search_space, "MAX_CANDIDATES", 3)
+    monkeypatch.setattr(search_space, "MAX_CANDIDATES", 10)  # on Hopper 8 may be specialised: plain ones, too
     candidates.cache_clear()
     model = ResolvedModel(256, 128, 16, 4, norm_topk_prob=True, hidden_act="silu")
     weights = init_random(model, 0, torch.bfloat16, "cuda")
@@ -542,6 +590,7 @@ CHANGES = {
     "permute_y": False,
     "fuse_swiglu": False,
     "fuse_combine": False,
+    "saved": "x",
 }
 
 

@@ -47,6 +47,8 @@ MEANINGS = {
     "dW_only": "weight gradients only",
     "dX_only": "the input's gradient only",
     "autotune": "tuned kernel configs where the cache has them, the shipped table elsewhere; false: the shipped table",
+    "saved": "what a training forward keeps besides x and the routing: h, the pre-activation; h_reused, the same, "
+    "written over by the one backward; x, nothing, the backward computes it again",
     "trace": "forward returns every intermediate",
     "dtype": "null: the source's own, float32 for random weights",
     "device": "null: the source's own, cpu for random weights",
@@ -136,10 +138,11 @@ def times() -> str:
 def speed() -> str:
     """The block on a GPU, from the committed result of ``benchmarks/block.py``."""
     result = json.loads(BLOCK.read_text())
-    head = ("model", "tokens", "forward ms", "share", "step ms", "share", "held MiB", "peak of a step MiB")
+    head = ("model", "tokens", "saved", "forward ms", "share", "step ms", "share", "held MiB", "peak of a step MiB")
     lines = [
         (
-            row["model"], f"{row['tokens']:,}", f"{row['forward_ms']:.3f}", f"{row['forward_share']:.2f}",
+            row["model"], f"{row['tokens']:,}", row.get("saved", "h"),
+            f"{row['forward_ms']:.3f}", f"{row['forward_share']:.2f}",
             f"{row['step_ms']:.3f}", f"{row['step_share']:.2f}", f"{row['held_mib']:.0f}", f"{row['peak_mib']:.0f}",
         )
         for row in result["rows"]

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import accumulator, launch
+from .launch import accumulator, cdiv, launch, power_of_2
 
 BLOCK_ROWS = 4
 BLOCK_COLS = 512
@@ -111,8 +111,8 @@ def swiglu_forward(h: Tensor, gather_indices: Tensor, routing_weights: Tensor | 
     a = torch.empty(rows, width, dtype=h.dtype, device=h.device)
     if not rows:
         return a
-    block = min(triton.next_power_of_2(width), BLOCK_COLS)
-    grid = (triton.cdiv(rows, BLOCK_ROWS), triton.cdiv(width, block))
+    block = min(power_of_2(width), BLOCK_COLS)
+    grid = (cdiv(rows, BLOCK_ROWS), cdiv(width, block))
     weights = h if routing_weights is None else routing_weights
     meta = {"HAS_WEIGHTS": routing_weights is not None, "ACC": accumulator(h.dtype), "BLOCK_M": BLOCK_ROWS}
     launch("swiglu_forward", _swiglu_forward, grid, h, a, gather_indices, weights, rows, width, BLOCK_I=block, **meta)
@@ -120,18 +120,21 @@ def swiglu_forward(h: Tensor, gather_indices: Tensor, routing_weights: Tensor | 
 
 
 def swiglu_backward(
-    da: Tensor, h: Tensor, gather_indices: Tensor, routing_weights: Tensor | None
+    da: Tensor, h: Tensor, gather_indices: Tensor, routing_weights: Tensor | None, *, over_h: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dH [M,2I], s*A [M,I], ds [T*K] in float32 or float64, token order) of da [M,I], the gradient before scaling."""
+    """(dH [M,2I], s*A [M,I], ds [T*K] in float32 or float64, token order) of da [M,I], the gradient before scaling.
+
+    `over_h`: dH takes H's memory.
+    """
     rows, width = da.shape
-    dh, scaled_a = torch.empty_like(h), torch.empty_like(da)
+    dh, scaled_a = h if over_h else torch.empty_like(h), torch.empty_like(da)
     wide = torch.promote_types(h.dtype, torch.float32)
     ds = torch.empty(rows, dtype=wide, device=h.device)
     if not rows:
         return dh, scaled_a, ds
-    block = min(triton.next_power_of_2(width), BLOCK_COLS)
+    block = min(power_of_2(width), BLOCK_COLS)
     weights = h if routing_weights is None else routing_weights
     args = (da, h, dh, scaled_a, ds, gather_indices, weights, rows, width)
     meta = {"HAS_WEIGHTS": routing_weights is not None, "ACC": accumulator(h.dtype), "BLOCK_M": BLOCK_ROWS}
-    launch("swiglu_backward", _swiglu_backward, (triton.cdiv(rows, BLOCK_ROWS),), *args, BLOCK_I=block, **meta)
+    launch("swiglu_backward", _swiglu_backward, (cdiv(rows, BLOCK_ROWS),), *args, BLOCK_I=block, **meta)
     return dh, scaled_a, ds

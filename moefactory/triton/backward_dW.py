@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..config import KernelConfigBackward_dW
 from .forward import Rows, kernel_arguments
-from .launch import accumulator, descriptor, launch, num_programs
+from .launch import accumulator, cdiv, descriptor, launch, num_programs
 from .schedule import tile_of
 
 GROUP_N = 8
@@ -153,7 +153,7 @@ def dW_gemm(
     dy_arg: Any = descriptor(dy, [config.block_m, config.block_n]) if config.use_tma_load_dy else dy
     x_arg: Any = descriptor(x, [config.block_m, config.block_k]) if config.use_tma_load_x else x
     dw_desc: Any = descriptor(dw, [1, config.block_n, config.block_k]) if config.use_tma_store else dw
-    tiles = num_experts * triton.cdiv(n, config.block_n) * triton.cdiv(k, config.block_k)
+    tiles = num_experts * cdiv(n, config.block_n) * cdiv(k, config.block_k)
     programs = min(num_programs(x.device, 2 if config.num_warps <= 4 else 1), tiles)
     launch(
         "dW",

@@ -27,7 +27,7 @@ from torch import Tensor
 from ..config import KernelConfigBackward_dX
 from .activation import dswiglu, swiglu
 from .forward import GROUP_M, Rows, kernel_arguments, store_tile
-from .launch import accumulator, descriptor, launch, num_programs
+from .launch import accumulator, cdiv, descriptor, launch, num_programs
 from .schedule import rows_of_tile, tile_of
 
 
@@ -183,7 +183,7 @@ def _launch_dX(
     dy_arg: Any = descriptor(dy, [config.block_m, config.block_n]) if config.use_tma_load_dy else dy
     w_arg: Any = descriptor(weight, [1, config.block_n, config.block_k]) if config.use_tma_load_w else weight
     programs = num_programs(dy.device, 2 if config.num_warps <= 4 else 1)
-    programs = min(programs, rows.table.max_tiles * triton.cdiv(k, config.block_k))
+    programs = min(programs, rows.table.max_tiles * cdiv(k, config.block_k))
     args = (dy_arg, w_arg, *outputs, *rows.arguments, experts, m, n, k)
     meta = {**kernel_arguments(config), **flags, "DY_DIVISOR": dy_divisor, "EVEN_N": n % config.block_n == 0}
     meta["EVEN_K"] = k % config.block_k == 0
@@ -223,13 +223,17 @@ def dX_gemm_dswiglu(
     config: KernelConfigBackward_dX,
     *,
     dy_divisor: int = 0,
+    over_h: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dH [T*K,2I], s*A [T*K,I], ds [T*K] in float32 or float64, token order) of the down GEMM, in one kernel."""
+    """(dH [T*K,2I], s*A [T*K,I], ds [T*K] in float32 or float64, token order) of the down GEMM, in one kernel.
+
+    `over_h`: dH takes H's memory. A tile reads the part of H that it writes, before it writes it, and no other.
+    """
     m, i = rows.gather_indices.shape[0], weight.shape[2]
     wide = torch.promote_types(dy.dtype, torch.float32)
-    dh = torch.empty(m, 2 * i, dtype=dy.dtype, device=dy.device)
+    dh = h if over_h else torch.empty(m, 2 * i, dtype=dy.dtype, device=dy.device)
     scaled_a = torch.empty(m, i, dtype=dy.dtype, device=dy.device)
-    ds = torch.empty(triton.cdiv(i, config.block_k), m, dtype=wide, device=dy.device)
+    ds = torch.empty(cdiv(i, config.block_k), m, dtype=wide, device=dy.device)
     if m and config.warp_specialize:
         from .specialized_rows import specialized_dX_dswiglu
 

@@ -7,11 +7,10 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-import triton
 
 from ..config import PASSES, DType, KernelConfig
 from ..rules import MAX_SHARED_MEMORY, shared_memory
-from .launch import interpreting
+from .launch import interpreting, power_of_2
 from .options import FusedOptions
 
 SPECIALIZED_ROWS = 128  # rows per expert (a power of two) from which the warp-specialised kernels are shipped
@@ -63,7 +62,7 @@ class Launch:
 
 def bucket(rows: int, experts: int) -> int:
     """Rows per expert as a power of two: the part of a key that follows the number of tokens."""
-    return triton.next_power_of_2(max(1, -(-rows // experts)))
+    return power_of_2(max(1, -(-rows // experts)))
 
 
 def choose(launch: Launch, device: torch.device) -> tuple[KernelConfig, str]:
@@ -120,7 +119,7 @@ def _interpreter_tiles(launch: Launch) -> dict[str, Any]:
     """Few, large tiles: the interpreter's time goes with their number."""
 
     def side(size: int) -> int:
-        return min(64, max(16, triton.next_power_of_2(size)))
+        return min(64, max(16, power_of_2(size)))
 
     n = max(32, side(launch.n))
     return {"block_m": side(launch.rows_per_expert), "block_n": n, "block_k": side(launch.k)}

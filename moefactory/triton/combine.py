@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import accumulator, launch
+from .launch import accumulator, cdiv, launch, power_of_2
 
 BLOCK_H = 1024
 
@@ -57,8 +57,8 @@ def combine_rows(
     out = torch.empty(tokens, width, dtype=rows.dtype, device=rows.device)
     if not tokens:
         return out
-    block = min(triton.next_power_of_2(width), BLOCK_H)
-    grid = (tokens, triton.cdiv(width, block))
+    block = min(power_of_2(width), BLOCK_H)
+    grid = (tokens, cdiv(width, block))
     weights = rows if routing_weights is None else routing_weights
     meta = {"TOP_K": top_k, "UNPERMUTE": not token_order, "HAS_WEIGHTS": routing_weights is not None}
     args = (rows, weights, scatter_indices, out, width)

@@ -43,7 +43,7 @@ def explain(block: Qwen3MoeFusedGroupedGEMMBlock, num_tokens: int) -> str:
 
 
 def _fused(launch: Launch, config: KernelConfig) -> str:
-    """What happens inside the GEMM besides the product."""
+    """What happens inside the GEMM besides the product, and whether a warp-specialised kernel does it."""
     o = launch.options
     how = "from a gathered copy of" if getattr(config, "gather_first", False) else "gathers"
     parts = {
@@ -54,4 +54,5 @@ def _fused(launch: Launch, config: KernelConfig) -> str:
         ("bwd_dW", "up"): [o.permute_x and f"{how} x"],
         ("bwd_dW", "down"): [o.permute_y and f"{how} dy"],
     }[launch.pass_name, launch.gemm]
-    return ", ".join(p for p in parts if p) or "the product alone"
+    words = ", ".join(p for p in parts if p) or "the product alone"
+    return f"{words}, warp-specialised" if config.warp_specialize else words

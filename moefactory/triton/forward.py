@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..config import KernelConfigForward
 from .activation import swiglu
-from .launch import accumulator, descriptor, launch, num_programs
+from .launch import accumulator, cdiv, descriptor, launch, num_programs
 from .schedule import TileTable, rows_of_tile, tile_of
 
 GROUP_M = 8
@@ -192,7 +192,7 @@ def forward_gemm(
     y_desc: Any = descriptor(y, [config.block_m, out_n]) if config.use_tma_store else y
     h_desc = descriptor(h, [config.block_m, out_n]) if config.use_tma_store and h is not None else y_desc
     programs = num_programs(x.device, 2 if config.num_warps <= 4 else 1)
-    programs = min(programs, rows.table.max_tiles * triton.cdiv(width, out_n))
+    programs = min(programs, rows.table.max_tiles * cdiv(width, out_n))
     launch(
         "forward_up" if swiglu else "forward",
         _grouped_forward,

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch
+from .launch import cdiv, launch, power_of_2
 
 BLOCK_H = 1024
 BLOCK_ROWS = 4
@@ -37,8 +37,8 @@ def gather_rows(source: Tensor, index: Tensor, divisor: int) -> Tensor:
     count, width = index.shape[0], source.shape[1]
     rows = torch.empty(count, width, dtype=source.dtype, device=source.device)
     if count:
-        block = min(triton.next_power_of_2(width), BLOCK_H)
-        grid = (triton.cdiv(count, BLOCK_ROWS), triton.cdiv(width, block))
+        block = min(power_of_2(width), BLOCK_H)
+        grid = (cdiv(count, BLOCK_ROWS), cdiv(width, block))
         meta = {"DIVISOR": divisor, "BLOCK_M": BLOCK_ROWS, "BLOCK_H": block}
         launch("gather_rows", _gather_rows, grid, source, index, rows, count, width, **meta)
     return rows

@@ -82,6 +82,16 @@ def bfloat16_is_rounded() -> bool:
     return bool(target == source.bfloat16())
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. Triton's own is made for kernels: 5 us a call on the host."""
+    return -(-a // b)
+
+
+def power_of_2(n: int) -> int:
+    """The least power of two that is n or more, for n of 1 or more."""
+    return 1 << (n - 1).bit_length()
+
+
 @cache
 def _multiprocessors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
@@ -109,4 +119,13 @@ def descriptor(tensor: Tensor, block: list[int]) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(tensor, block)
 
 
-__all__ = ["accumulator", "descriptor", "interpreting", "launch", "num_programs", "record_launches"]
+__all__ = [
+    "accumulator",
+    "cdiv",
+    "descriptor",
+    "interpreting",
+    "launch",
+    "num_programs",
+    "power_of_2",
+    "record_launches",
+]

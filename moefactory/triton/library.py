@@ -13,6 +13,8 @@ import torch
 import torch.autograd.forward_ad as fwAD
 
 _LIBRARY = torch.library.Library("moefactory", "FRAGMENT")
+_IMPLEMENTATIONS: dict[Any, Callable[..., Any]] = {}
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def define(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
@@ -26,9 +28,31 @@ def define(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any
         _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
         torch.library.register_fake(f"moefactory::{name}", fake, lib=_LIBRARY)
-        return getattr(torch.ops.moefactory, name).default
+        operator = getattr(torch.ops.moefactory, name).default
+        _IMPLEMENTATIONS[operator] = function
+        return operator
 
     return decorate
+
+
+def call(operator: Any, *args: Any) -> Any:
+    """`operator(*args)`: where nothing listens to operators its implementation at once, 15 us of dispatching less.
+
+    What listens: autograd, torch.compile and other tracers (modes, functorch), tensor subclasses.
+    """
+    subclass = any(isinstance(arg, torch.Tensor) and type(arg) not in _PLAIN for arg in args)
+    if subclass or torch.is_grad_enabled() or _observed():
+        return operator(*args)
+    return _IMPLEMENTATIONS[operator](*args)
+
+
+def _observed() -> bool:
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.jit.is_tracing()
+    )
 
 
 def differentiate(operator: Any, backward: Callable[..., Any], save: Callable[..., None] | None = None) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..routing import RoutingPlan, combine
 from .launch import on_device
-from .library import define, differentiate, no_second_derivative, refuse_forward_mode
+from .library import call, define, differentiate, no_second_derivative, refuse_forward_mode
 from .options import FusedOptions, parse
 from .pipeline import Pipeline, empty_like_none
 
@@ -106,6 +106,8 @@ def experts_backward(
     pipeline = Pipeline(offsets, gather, scatter, parse(options), gate_up_proj, down_proj)
     need_dh = need_x or need_s or need_up
     with on_device(x.device):
+        if pipeline.options.saved == "x":
+            h = pipeline.h_again(x)
         dh, ds, d_down = pipeline.d_down(dout, h, routing_weights, need_dh=need_dh, need_dw=need_down)
         dx = pipeline.dx_up(dh) if need_x and dh is not None else None  # before dW: their buffers take turns
         d_up = pipeline.dw_up(dh, x) if need_up and dh is not None else None
@@ -122,15 +124,21 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     x, routing_weights, gate_up_proj, down_proj, offsets, gather, scatter, options, save_h, _ = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # h, a and y get no gradient: no zeros of their size
-    ctx.options, ctx.saved_h = options, save_h
+    ctx.options, ctx.saved_h, ctx.spent = options, save_h, False
     ctx.save_for_backward(x, routing_weights, gate_up_proj, down_proj, output[1], offsets, gather, scatter)
 
 
 def _backward(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if dout is None:
         return (None,) * 10
-    if not ctx.saved_h:
+    saved = parse(ctx.options).saved
+    if not ctx.saved_h and saved != "x":
         raise RuntimeError("moefactory: this forward ran without gradients, nothing was saved for a backward")
+    if ctx.spent:
+        raise RuntimeError(
+            "moefactory: a second backward, but saved=h_reused wrote dH over H in the first; set saved=h"
+        )
+    ctx.spent = saved == "h_reused"
     x, routing_weights, gate_up_proj, down_proj, h, offsets, gather, scatter = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:4])
     grads = experts_backward(
@@ -164,10 +172,12 @@ def compute_experts(
     # without fuse_combine the weighted sum is torch's below, and so is the routing weights' gradient
     weights = routing_weights.contiguous() if options.fuse_combine else routing_weights.detach().contiguous()
     tensors = (x.contiguous(), weights, gate_up_proj, down_proj)
-    save_h = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    save_h = options.saved != "x" and torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if options.saved == "h_reused" and torch.compiler.is_compiling():
+        raise RuntimeError("moefactory: saved=h_reused cannot be compiled, a graph may run twice; set saved=h or x")
     indices = (plan.group_offsets, plan.gather_indices, plan.scatter_indices)
     refuse_forward_mode(*tensors)
-    out, h, a, y = experts_forward(*tensors, *indices, options.text, save_h, trace)
+    out, h, a, y = call(experts_forward, *tensors, *indices, options.text, save_h, trace)
     if not options.fuse_combine:
         if trace:
             y = out.detach()

@@ -17,6 +17,7 @@ class FusedOptions:
     Attributes:
         top_k: K.
         permute_x, permute_y, fuse_swiglu, fuse_combine, autotune: as in `MoeConfig`.
+        saved: what a forward keeps, the value of a `config.Saved`.
         kernels: (pass, gemm, config) of every stated kernel config.
         text: all of them as JSON.
     """
@@ -27,6 +28,7 @@ class FusedOptions:
     fuse_swiglu: bool = True
     fuse_combine: bool = True
     autotune: bool = True
+    saved: str = "h"
     kernels: tuple[tuple[str, str, KernelConfig], ...] = field(default=())
     text: str = field(init=False, repr=False, compare=False)
 

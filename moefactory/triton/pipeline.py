@@ -80,6 +80,13 @@ class Pipeline:
             return y, x.new_empty(0) if h is None else h
         return swiglu_forward(y, self.gather, None), y
 
+    def h_again(self, x: Tensor) -> Tensor:
+        """H [T*K,2I] of the forward, bit for bit: the up GEMM without its epilogue."""
+        options, config = self.options, self._config("fwd", "up")
+        rows = x if options.permute_x else self._take(x, options.top_k)
+        tiles = self._rows(config.block_m)
+        return forward_gemm(rows, self.weights["up"], tiles, config, permute_x=options.permute_x)[0]  # type: ignore[arg-type]
+
     def down(self, a: Tensor) -> Tensor:
         """Y [T*K,H], in token order with permute_y, else in expert order."""
         config = self._config("fwd", "down")
@@ -119,10 +126,13 @@ class Pipeline:
     ) -> tuple[Tensor, Tensor, Tensor]:
         config = self._config("bwd_dX", "down")
         rows = self._rows(config.block_m)
+        over_h = self.options.saved == "h_reused"
         if self.options.fuse_swiglu:
-            return dX_gemm_dswiglu(dy, self.weights["down"], h, weights, rows, config, dy_divisor=dy_divisor)  # type: ignore[arg-type]
+            return dX_gemm_dswiglu(
+                dy, self.weights["down"], h, weights, rows, config, dy_divisor=dy_divisor, over_h=over_h  # type: ignore[arg-type]
+            )  # fmt: skip
         da = dX_gemm(dy, self.weights["down"], rows, config, dy_divisor=dy_divisor)  # type: ignore[arg-type]
-        return swiglu_backward(da, h, self.gather, weights)
+        return swiglu_backward(da, h, self.gather, weights, over_h=over_h)
 
     def _rows_of_dW(self) -> Rows:
         """dW walks experts, not row tiles: no table."""

@@ -1,4 +1,4 @@
-"""RoutingPlan in three launches: a stable counting sort of the T*K slots by expert, without atomics.
+"""RoutingPlan: a stable counting sort of the T*K slots by expert, without atomics; three launches, one for few slots.
 
     histogram   tile_counts[b, e] = how many slots of block b go to expert e
     prefix      tile_starts[b, e] = how many of the blocks before b do; token_counts_by_expert[e] = how many in all
@@ -21,10 +21,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..routing import RoutingPlan, check_selected
-from .launch import launch, on_device
-from .library import define
+from .launch import cdiv, launch, on_device, power_of_2
+from .library import call, define
 
 BLOCK = 128  # slots per program; their order within is found by comparing all pairs
+BLOCK_ALONE = 256  # slots that one program sorts
 PREFIX_GROUPS = 4
 PREFIX_BLOCKS = 256
 
@@ -63,6 +64,36 @@ def _prefix(
         tl.store(tile_starts_ptr + ptrs, starts, mask=mask)
         total += tl.sum(counts, axis=0)
     tl.store(counts_ptr + offs_g, total, mask=offs_g < E + 1)
+
+
+@triton.jit
+def _plan_alone(
+    selected_ptr,
+    counts_ptr,
+    offsets_ptr,
+    gather_ptr,
+    scatter_ptr,
+    M,
+    E,
+    GROUPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """All three steps in one program, for at most BLOCK slots: of few tokens' time a launch is a large part."""
+    offs_g = tl.arange(0, GROUPS)
+    slot = tl.arange(0, BLOCK)
+    mask = slot < M
+    group = _group_of(selected_ptr, slot, mask, E)
+    mine = offs_g[None, :] == group[:, None]  # [BLOCK, GROUPS]
+    counts = tl.sum(mine.to(tl.int32), axis=0)
+    counts = tl.where(offs_g < E + 1, counts, 0)  # lanes past the end have a group past the last
+    starts = tl.cumsum(counts, axis=0) - counts
+    tl.store(counts_ptr + offs_g, counts, mask=offs_g < E + 1)
+    tl.store(offsets_ptr + offs_g, starts, mask=offs_g < E + 1)
+    tl.store(offsets_ptr + E + 1, M)
+    earlier = (group[None, :] == group[:, None]) & (slot[None, :] < slot[:, None])  # [BLOCK, BLOCK]
+    row = tl.sum(tl.where(mine, starts[None, :], 0), axis=1) + tl.sum(earlier.to(tl.int32), axis=1)
+    tl.store(scatter_ptr + slot, row, mask=mask)
+    tl.store(gather_ptr + row, slot, mask=mask)
 
 
 @triton.jit
@@ -114,16 +145,30 @@ def plan_tensors(selected: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Te
     )
     if not rows:
         return counts.zero_(), offsets.zero_(), gather, scatter
-    blocks = triton.cdiv(rows, BLOCK)
+    selected = selected.contiguous()
+    groups = power_of_2(num_experts + 1)
+    if rows <= BLOCK_ALONE:
+        tensors = (selected, counts, offsets, gather, scatter)
+        with on_device(device):
+            launch(
+                "plan_alone",
+                _plan_alone,
+                (1,),
+                *tensors,
+                rows,
+                num_experts,
+                GROUPS=groups,
+                BLOCK=max(16, power_of_2(rows)),
+            )
+        return counts, offsets, gather, scatter
+    blocks = cdiv(rows, BLOCK)
     tile_counts = torch.empty(blocks, num_experts + 1, dtype=torch.int32, device=device)
     tile_starts = torch.empty_like(tile_counts)
-    selected = selected.contiguous()
-    groups = triton.next_power_of_2(num_experts + 1)
     block = {"GROUPS": groups, "BLOCK": BLOCK}
     with on_device(device):
         launch("plan_histogram", _histogram, (blocks,), selected, tile_counts, rows, num_experts, **block)
-        prefix = {"PREFIX_BLOCKS": min(PREFIX_BLOCKS, triton.next_power_of_2(blocks)), "PREFIX_GROUPS": PREFIX_GROUPS}
-        grid = (triton.cdiv(num_experts + 1, PREFIX_GROUPS),)
+        prefix = {"PREFIX_BLOCKS": min(PREFIX_BLOCKS, power_of_2(blocks)), "PREFIX_GROUPS": PREFIX_GROUPS}
+        grid = (cdiv(num_experts + 1, PREFIX_GROUPS),)
         launch("plan_prefix", _prefix, grid, tile_counts, tile_starts, counts, blocks, num_experts, **prefix)
         args = (selected, tile_starts, counts, offsets, gather, scatter, rows, num_experts)
         launch("plan_positions", _positions, (blocks,), *args, **block)
@@ -133,5 +178,5 @@ def plan_tensors(selected: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Te
 def make_plan(selected_experts: Tensor, num_experts: int) -> RoutingPlan:
     """The same plan as `moefactory.routing.make_plan`, by kernels."""
     check_selected(selected_experts)
-    counts, offsets, gather, scatter = plan_tensors(selected_experts, num_experts)
+    counts, offsets, gather, scatter = call(plan_tensors, selected_experts, num_experts)
     return RoutingPlan(counts[:num_experts], gather, scatter, selected_experts.shape[1], offsets)

@@ -2,7 +2,8 @@
 
 forward    w[t,k] = p[t, id[t,k]]  (/ S[t] = sum over k)                     float32, cast to the logits' dtype
 backward   dp[id_k] = (dw[k] - sum_j dw[j] w[j]) / S  (norm_topk_prob), else dw[k]; 0 elsewhere
-           dlogits[e] = p[e] * (dp[e] - sum_i dp[i] p[i]), whose sum is 0 with norm_topk_prob
+           dlogits[e] = p[e] * (dp[e] - sum_i dp[i] p[i]), whose sum is 0 with norm_topk_prob: there the weights
+           before the cast and the ids are all it needs, not the logits
 
 argument           shape    order
 logits, dlogits    [T, E]   token order
@@ -19,8 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import accumulator, launch, on_device
-from .library import define, differentiate, no_second_derivative, refuse_forward_mode
+from .launch import accumulator, cdiv, launch, on_device, power_of_2
+from .library import call, define, differentiate, no_second_derivative, refuse_forward_mode
 
 BLOCK_T = 8
 
@@ -41,6 +42,7 @@ def _route_forward(
     logits_ptr,
     weights_ptr,
     selected_ptr,
+    exact_ptr,
     T,
     E,
     TOP_K: tl.constexpr,
@@ -75,6 +77,8 @@ def _route_forward(
     out = offs_t.to(tl.int64)[:, None] * TOP_K + offs_s[None, :]
     tl.store(weights_ptr + out, weights.to(weights_ptr.dtype.element_ty), mask=mask)
     tl.store(selected_ptr + out, selected.to(tl.int64), mask=mask)
+    if NORM:
+        tl.store(exact_ptr + out, weights, mask=mask)
 
 
 @triton.jit
@@ -88,7 +92,7 @@ def _slot(selected_ptr, dweights_ptr, offs_t, row_mask, offs_e, k, TOP_K: tl.con
 
 @triton.jit
 def _route_backward(
-    logits_ptr,
+    saved_ptr,
     selected_ptr,
     dweights_ptr,
     dlogits_ptr,
@@ -104,70 +108,85 @@ def _route_backward(
     offs_e = tl.arange(0, EXPERTS)
     row_mask = offs_t < T
     mask = row_mask[:, None] & (offs_e < E)[None, :]
-    p = _probabilities(logits_ptr, offs_t, offs_e, mask, E, ACC)
-    chosen = tl.zeros((BLOCK_T, EXPERTS), ACC)  # 1 where selected
+    w = tl.zeros((BLOCK_T, EXPERTS), ACC)
     dw = tl.zeros((BLOCK_T, EXPERTS), ACC)
     for k in tl.static_range(TOP_K):
         here, dw_k = _slot(selected_ptr, dweights_ptr, offs_t, row_mask, offs_e, k, TOP_K, ACC)
-        chosen += tl.where(here, 1.0, 0.0)
         dw += tl.where(here, dw_k, 0.0)
+        if NORM:
+            w_k = tl.load(saved_ptr + offs_t.to(tl.int64) * TOP_K + k, mask=row_mask, other=0.0).to(ACC)
+            w += tl.where(here, w_k[:, None], 0.0)
     if NORM:
         # sum_i dp[i] p[i] is 0 by algebra, and dw[k] less the mean of dw is the mean of the differences: no large
         # numbers cancel, and with one expert, or for one not selected, the gradient is exactly 0
-        w = p * chosen / tl.sum(p * chosen, axis=1)[:, None]
         inner = tl.zeros((BLOCK_T, EXPERTS), ACC)
         for k in tl.static_range(TOP_K):
             here, dw_k = _slot(selected_ptr, dweights_ptr, offs_t, row_mask, offs_e, k, TOP_K, ACC)
             inner += tl.sum(tl.where(here, w, 0.0), axis=1)[:, None] * (dw - dw_k)
         dlogits = w * inner
     else:
+        p = _probabilities(saved_ptr, offs_t, offs_e, mask, E, ACC)
         dlogits = p * (dw - tl.sum(dw * p, axis=1)[:, None])
     out = dlogits_ptr + offs_t.to(tl.int64)[:, None] * E + offs_e[None, :]
     tl.store(out, dlogits.to(dlogits_ptr.dtype.element_ty), mask=mask)
 
 
 def _meta(logits: Tensor, top_k: int, norm: bool) -> dict[str, Any]:
-    experts = triton.next_power_of_2(logits.shape[1])
+    experts = power_of_2(logits.shape[1])
     return {"TOP_K": top_k, "NORM": norm, "ACC": accumulator(logits.dtype), "EXPERTS": experts, "BLOCK_T": BLOCK_T}
 
 
-def _forward_fake(logits: Tensor, top_k: int, norm_topk_prob: bool) -> tuple[Tensor, Tensor]:
+def _exact(logits: Tensor, top_k: int, norm_topk_prob: bool) -> Tensor:
+    """Room for the weights before they are cast: all that the backward needs where they are normalised."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return torch.empty(logits.shape[0] if norm_topk_prob else 0, top_k, dtype=wide, device=logits.device)
+
+
+def _forward_fake(logits: Tensor, top_k: int, norm_topk_prob: bool) -> tuple[Tensor, Tensor, Tensor]:
     shape = (logits.shape[0], top_k)
-    return logits.new_empty(shape), logits.new_empty(shape, dtype=torch.int64)
+    selected = logits.new_empty(shape, dtype=torch.int64)
+    return logits.new_empty(shape), selected, _exact(logits, top_k, norm_topk_prob)
 
 
-@define("top_k_softmax(Tensor logits, int top_k, bool norm_topk_prob) -> (Tensor, Tensor)", _forward_fake)
-def top_k_softmax(logits: Tensor, top_k: int, norm_topk_prob: bool) -> tuple[Tensor, Tensor]:
-    """(routing_weights [T,K] in the logits' dtype, selected_experts [T,K] int64) of logits [T,E]."""
+@define("top_k_softmax(Tensor logits, int top_k, bool norm_topk_prob) -> (Tensor, Tensor, Tensor)", _forward_fake)
+def top_k_softmax(logits: Tensor, top_k: int, norm_topk_prob: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(routing_weights [T,K] in the logits' dtype, selected_experts [T,K] int64, weights before the cast) of [T,E].
+
+    The last is empty without norm_topk_prob: the backward then needs every probability, and makes them from the logits.
+    """
     tokens, experts = logits.shape
+    exact = _exact(logits, top_k, norm_topk_prob)
     weights = torch.empty(tokens, top_k, dtype=logits.dtype, device=logits.device)
     selected = torch.empty(tokens, top_k, dtype=torch.int64, device=logits.device)
     if tokens:
-        meta = {**_meta(logits, top_k, norm_topk_prob), "SLOTS": triton.next_power_of_2(top_k)}
-        grid = (triton.cdiv(tokens, BLOCK_T),)
+        meta = {**_meta(logits, top_k, norm_topk_prob), "SLOTS": power_of_2(top_k)}
+        grid = (cdiv(tokens, BLOCK_T),)
         with on_device(logits.device):
-            args = (logits.contiguous(), weights, selected, tokens, experts)
+            args = (logits.contiguous(), weights, selected, exact, tokens, experts)
             launch("route_forward", _route_forward, grid, *args, **meta)
-    return weights, selected
+    return weights, selected, exact
 
 
-def _backward_fake(dweights: Tensor, logits: Tensor, selected: Tensor, norm_topk_prob: bool) -> Tensor:
-    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+def _backward_fake(dweights: Tensor, saved: Tensor, selected: Tensor, num_experts: int, norm_topk_prob: bool) -> Tensor:
+    return dweights.new_empty(dweights.shape[0], num_experts)
 
 
 @define(
-    "top_k_softmax_backward(Tensor dweights, Tensor logits, Tensor selected, bool norm_topk_prob) -> Tensor",
+    "top_k_softmax_backward(Tensor dweights, Tensor saved, Tensor selected, int num_experts, bool norm_topk_prob) "
+    "-> Tensor",
     _backward_fake,
 )
-def top_k_softmax_backward(dweights: Tensor, logits: Tensor, selected: Tensor, norm_topk_prob: bool) -> Tensor:
-    """dlogits [T,E] of dweights [T,K]."""
-    tokens, experts = logits.shape
-    dlogits = torch.empty(tokens, experts, dtype=logits.dtype, device=logits.device)
+def top_k_softmax_backward(
+    dweights: Tensor, saved: Tensor, selected: Tensor, num_experts: int, norm_topk_prob: bool
+) -> Tensor:
+    """dlogits [T,E] of dweights [T,K]; `saved`: the weights before the cast with norm_topk_prob, else the logits."""
+    tokens = dweights.shape[0]
+    dlogits = torch.empty(tokens, num_experts, dtype=dweights.dtype, device=dweights.device)
     if tokens:
-        meta = _meta(logits, selected.shape[1], norm_topk_prob)
-        grid = (triton.cdiv(tokens, BLOCK_T),)
-        with on_device(logits.device):
-            args = (logits.contiguous(), selected, dweights.contiguous(), dlogits, tokens, experts)
+        meta = _meta(dlogits, selected.shape[1], norm_topk_prob)
+        grid = (cdiv(tokens, BLOCK_T),)
+        with on_device(dweights.device):
+            args = (saved.contiguous(), selected, dweights.contiguous(), dlogits, tokens, num_experts)
             launch("route_backward", _route_backward, grid, *args, **meta)
     return dlogits
 
@@ -175,21 +194,23 @@ def top_k_softmax_backward(dweights: Tensor, logits: Tensor, selected: Tensor, n
 def select(logits: Tensor, top_k: int, norm_topk_prob: bool) -> tuple[Tensor, Tensor]:
     """`top_k_softmax`, which has no forward-mode derivative: refused here, the dispatcher would drop the tangent."""
     refuse_forward_mode(logits)
-    return top_k_softmax(logits, top_k, norm_topk_prob)
+    weights, selected, _ = call(top_k_softmax, logits, top_k, norm_topk_prob)
+    return weights, selected
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     logits, _, ctx.norm_topk_prob = inputs
-    ctx.mark_non_differentiable(output[1])
+    ctx.num_experts = logits.shape[1]
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(logits, output[1])
+    ctx.save_for_backward(output[2] if ctx.norm_topk_prob else logits, output[1])
 
 
-def _backward(ctx: Any, dweights: Tensor | None, _: None) -> tuple[Tensor | None, None, None]:
+def _backward(ctx: Any, dweights: Tensor | None, *_: None) -> tuple[Tensor | None, None, None]:
     if dweights is None:
         return None, None, None
-    logits, selected = ctx.saved_tensors
-    return top_k_softmax_backward(dweights, logits, selected, ctx.norm_topk_prob), None, None
+    saved, selected = ctx.saved_tensors
+    return top_k_softmax_backward(dweights, saved, selected, ctx.num_experts, ctx.norm_topk_prob), None, None
 
 
 differentiate(top_k_softmax, _backward, _save)

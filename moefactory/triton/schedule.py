@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch
+from .launch import cdiv, launch, power_of_2
 
 TILES_PER_PROGRAM = 32
 
@@ -96,7 +96,7 @@ def tile_table(expert_offsets: Tensor, num_rows: int, block_m: int) -> TileTable
     tile_expert = torch.empty(max_tiles, dtype=torch.int32, device=expert_offsets.device)
     tile_row = torch.empty_like(tile_expert)
     num_tiles = torch.empty(1, dtype=torch.int32, device=expert_offsets.device)
-    grid = (triton.cdiv(max_tiles, TILES_PER_PROGRAM),)
-    meta = {"BLOCK_M": block_m, "GROUPS": triton.next_power_of_2(groups), "TILES": TILES_PER_PROGRAM}
+    grid = (cdiv(max_tiles, TILES_PER_PROGRAM),)
+    meta = {"BLOCK_M": block_m, "GROUPS": power_of_2(groups), "TILES": TILES_PER_PROGRAM}
     launch("tile_table", _tile_table, grid, expert_offsets, tile_expert, tile_row, num_tiles, max_tiles, groups, **meta)
     return TileTable(tile_expert, tile_row, num_tiles, max_tiles)

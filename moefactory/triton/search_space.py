@@ -4,6 +4,9 @@ Each field has a short ordered list of values (an axis). The distance of two con
 them, summed over the axes; weights without TMA are two, since that rarely pays. The list begins with the shipped choice
 and goes outward, larger tiles first. What `moefactory.rules` refuses, what exceeds this GPU's shared memory and what
 cannot stay in registers is left out.
+
+On Hopper there are two centers, since a warp-specialised kernel has few tiles, each of which is whole or not at all:
+all specialised configs come behind the shipped choice, then the plain choice for this launch and its neighbours.
 """
 
 from __future__ import annotations
@@ -14,24 +17,46 @@ from functools import lru_cache
 from itertools import islice, product
 from typing import Any
 
-from ..config import Backend, BackendConfig, KernelConfig, KernelsConfig, MoeConfig, ResolvedModel
-from ..rules import broken_rules, make_case, shared_memory
-from .choice import Launch, _shared_limit, shipped
+from ..config import PASSES, Backend, BackendConfig, KernelConfig, KernelsConfig, MoeConfig, ResolvedModel
+from ..rules import SPECIALIZED_TILES, broken_rules, make_case, shared_memory
+from .choice import Launch, _shared_limit, _tma_loads, shipped
 
 MAX_CANDIDATES = 40  # seconds each, most of them for the compiler
 MAX_ACCUMULATORS = 128  # float32 sums a thread can hold in registers, of 255, beside its addresses and operands
 TMA_CAPABILITY = 90
+SPECIALIZED_CAPABILITY = 90  # and no other: the kernels are written for Hopper's instructions
 
 
 @lru_cache(maxsize=1024)
 def candidates(launch: Launch, capability: int) -> tuple[KernelConfig, ...]:
     """The configs to try, the shipped choice first, at most `MAX_CANDIDATES`; the same at every call."""
-    center = shipped(launch, capability)
-    return (center, *islice(_neighbours(launch, capability, center), MAX_CANDIDATES - 1))
+    first = shipped(launch, capability)
+    others = (*_specialized(launch, capability), *_neighbours(launch, capability, _plain(launch, capability, first)))
+    return (first, *islice((config for config in others if config != first), MAX_CANDIDATES - 1))
+
+
+def _specialized(launch: Launch, capability: int) -> Iterator[KernelConfig]:
+    """Every warp-specialised config: a handful, the deepest ring first."""
+    if capability != SPECIALIZED_CAPABILITY or not launch.whole_rows:
+        return
+    copies = [False, True] if _copied(launch) else [False]
+    for stages, tile, copy in product((4, 3, 2), SPECIALIZED_TILES[launch.pass_name], copies):
+        more: dict[str, Any] = dict(zip(("block_m", "block_n", "block_k"), tile, strict=True))
+        more |= {"gather_first": True} if copy else {}
+        config: KernelConfig = PASSES[launch.pass_name](num_warps=8, num_stages=stages, warp_specialize=True, **more)
+        if possible(launch, config, capability):
+            yield config
+
+
+def _plain(launch: Launch, capability: int, first: KernelConfig) -> KernelConfig:
+    """The shipped choice; where that is specialised, what is shipped for weights that TMA cannot move, with TMA."""
+    if not first.warp_specialize:
+        return first
+    return replace(shipped(replace(launch, aligned=False), capability), **_tma_loads(launch, capability))
 
 
 def _neighbours(launch: Launch, capability: int, center: KernelConfig) -> Iterator[KernelConfig]:
-    """Every possible config on the axes but the center, nearest first."""
+    """Every possible config on the axes, the center first, then the nearest."""
     axes = _interpreter_axes(center) if capability == 0 else _gpu_axes(launch, capability, center)
     home = [values.index(getattr(center, name)) for name, values in axes.items()]
     step = [2 if name == "use_tma_load_w" else 1 for name in axes]
@@ -44,7 +69,7 @@ def _neighbours(launch: Launch, capability: int, center: KernelConfig) -> Iterat
     for spot in sorted(spots, key=order):
         chosen = {name: values[place] for (name, values), place in zip(axes.items(), spot, strict=True)}
         config = replace(center, **chosen)
-        if config != center and possible(launch, config, capability):
+        if possible(launch, config, capability):
             yield config
 
 
@@ -62,14 +87,19 @@ def _gpu_axes(launch: Launch, capability: int, center: KernelConfig) -> dict[str
     }[launch.pass_name]
     axes: dict[str, list[Any]] = dict(zip(("block_m", "block_n", "block_k"), sides, strict=True))
     axes |= {"num_warps": [4, 8], "num_stages": [2, 3, 4, 5] if narrow else [1, 2, 3], "flatten": [False, True]}
-    indexed = launch.options.permute_x if launch.gemm == "up" else launch.options.permute_y
-    copied = launch.pass_name == "bwd_dW" and indexed  # a gathered copy is one more way, and TMA may move that
+    copied = _copied(launch)
     axes |= {"gather_first": [False, True]} if copied else {}
     loads = [f.name for f in fields(center) if f.name.startswith("use_tma_load")]  # stores keep the shipped value
     usable = [name for name in loads if launch.may_use(name) or (copied and launch.may_use("use_tma_load_w"))]
     axes |= {name: [False, True] for name in usable if capability >= TMA_CAPABILITY}
     known = {f.name for f in fields(center)}
     return {name: sorted({*values, getattr(center, name)}) for name, values in axes.items() if name in known}
+
+
+def _copied(launch: Launch) -> bool:
+    """Whether a gathered copy of the indexed operand is one more way; TMA may move that."""
+    indexed = launch.options.permute_x if launch.gemm == "up" else launch.options.permute_y
+    return launch.pass_name == "bwd_dW" and indexed
 
 
 def _interpreter_axes(center: KernelConfig) -> dict[str, list[Any]]:

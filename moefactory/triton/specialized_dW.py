@@ -2,8 +2,8 @@
 
 The arguments are those of `backward_dW`. The tensor cores take 64 x 256 outputs at a time, so one operand of a tile is
 256 columns wide and the other 128. The narrow one (p) should be the one that is reached through gather_indices, since
-that comes row by row with cp.async, the wide one (q) by TMA: a gather on the wide side cost 1.7 times the time. Where x is
-the narrow one, the tile is computed transposed and turned on its way to the store (X_NARROW).
+that comes row by row with cp.async, the wide one (q) by TMA: a gather on the wide side cost 1.7 times the time. Where x
+is the narrow one, the tile is computed transposed and turned on its way to the store (X_NARROW).
 
 Behind an expert's end both operands read as zeros (by a ragged descriptor, by a mask), so 0 * NaN of a neighbour cannot
 arise. The result is staged apart from the ring: with few rows an expert, a tile's store and the next tile's products
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -27,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .launch import launch, num_programs
+from .launch import cdiv, launch, num_programs
 from .specialized import RAGGED, WARPS, descriptor, phase, ragged, tile_of
 
 if TYPE_CHECKING:
@@ -261,7 +260,7 @@ def specialized_dW(
     (p, p_size, p_block, p_divisor), (q, q_size, q_block, q_divisor) = sides[::-1] if x_narrow else sides
     descriptors = ragged(p, [config.block_m, p_block]), ragged(q, [config.block_m, q_block])
     dw_desc = descriptor(dw, [1, config.block_n, config.block_k])
-    tiles = experts * triton.cdiv(n, config.block_n) * triton.cdiv(k, config.block_k)
+    tiles = experts * cdiv(n, config.block_n) * cdiv(k, config.block_k)
     launch(
         "dW",
         _specialized_dW,

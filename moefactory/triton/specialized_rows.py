@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -27,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .launch import launch, num_programs
+from .launch import cdiv, launch, num_programs
 from .specialized import (
     RAGGED,
     WARPS,
@@ -75,7 +74,7 @@ def _producer(
     lane = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, rows_layout))
     offs_k = gl.arange(0, BLOCK_K, layout=gl.SliceLayout(0, rows_layout))
     tiles = num_m * num_n
-    tile_m, tile_n = tile_of(gl.program_id(0), num_m, num_n, GROUP_M)
+    tile_m, _ = tile_of(gl.minimum(gl.program_id(0), tiles - 1), num_m, num_n, GROUP_M)
     expert = gl.load(tile_expert_ptr + tile_m)
     row0 = gl.load(tile_row_ptr + tile_m)
     row_end = gl.load(offsets_ptr + expert + 1)
@@ -189,7 +188,7 @@ def _consumer(
     slot_layout: gl.constexpr = gl.SliceLayout(1, mma if MODE == DSWIGLU else store_layout)
     lane = gl.arange(0, BLOCK_M, layout=slot_layout)
     tiles = num_m * num_n
-    tile_m, tile_n = tile_of(gl.program_id(0), num_m, num_n, GROUP_M)
+    tile_m, _ = tile_of(gl.minimum(gl.program_id(0), tiles - 1), num_m, num_n, GROUP_M)
     expert = gl.load(tile_expert_ptr + tile_m)
     row0 = gl.load(tile_row_ptr + tile_m)
     row_end = gl.load(offsets_ptr + expert + 1)
@@ -408,7 +407,7 @@ def _launch(
         w_desc = descriptor(weight.view(2 * experts, width, k), [2, out_n, block_k])
     else:
         w_desc = descriptor(weight, [1, block_n, block_k])
-    programs = min(num_programs(x.device), rows.table.max_tiles * triton.cdiv(width, out_n))
+    programs = min(num_programs(x.device), rows.table.max_tiles * cdiv(width, out_n))
     m = rows.gather_indices.shape[0]
     launch(
         name,

@@ -1,0 +1,148 @@
+"""What the warp-specialised kernels compile to for compute capability 9.0, read off their code without a GPU.
+
+Their results are asserted on a GPU, in `test_triton_gpu`: Triton's interpreter does not know Gluon.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import judge
+import pytest
+import sm90
+import torch
+from fused import COMBINATIONS, flag_id, options, specialized_kernels
+from judge import WEIGHTS
+from sm90 import VARIANTS
+
+from moefactory.block import Qwen3MoeFusedGroupedGEMMBlock
+from moefactory.config import DType, ResolvedModel
+from moefactory.rules import MAX_SHARED_MEMORY, shared_memory
+from moefactory.triton import choice
+from moefactory.triton.choice import Launch, shipped
+from moefactory.triton.search_space import refusals
+
+MAX_SPILLS = 32  # bytes a thread: a few scalars around the loops; a spilled accumulator would be hundreds
+by_variant = pytest.mark.parametrize("variant", VARIANTS)
+
+
+@pytest.fixture(scope="session")
+def code(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """{variant: what its code holds}, compiled afresh: a kernel in the cache says nothing of today's compiler."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    done = subprocess.run(
+        [sys.executable, sm90.__file__], env=environment, capture_output=True, text=True, check=False, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found: dict[str, dict[str, Any]] = json.loads(done.stdout)
+    return found
+
+
+@by_variant
+def test_multiplies_on_hoppers_tensor_cores(variant: str, code: dict[str, dict[str, Any]]) -> None:
+    """wgmma alone: four products of 16 make one step of 64 in the reduction, and mma.sync is the older generation's."""
+    assert (code[variant]["wgmma"], code[variant]["mma"]) == (4, 0)
+
+
+@by_variant
+def test_fits_a_multiprocessor(variant: str, code: dict[str, dict[str, Any]]) -> None:
+    """Shared memory of a launch, barriers included, and registers: 12 warps of 168 fill the file of 65,536."""
+    found = code[variant]
+    assert found["shared memory"] <= MAX_SHARED_MEMORY
+    assert found["options"] == {"num_warps": 8, "maxnreg": 168}
+    assert found["spills"] <= MAX_SPILLS
+
+
+@by_variant
+def test_moves_what_it_can_by_tma(variant: str, code: dict[str, dict[str, Any]]) -> None:
+    """A gathered operand comes in copies of 16 bytes, the widest there are; every other, and each result, by TMA."""
+    one, found = VARIANTS[variant], code[variant]
+    assert set(found["gather widths"]) == ({16} if one.gathered else set())
+    loads = 4 if one.kernel == "dX_dswiglu" else 0  # H, a quarter of the tile's columns at a time
+    assert found["tma loads"] == loads + (1 if one.gathered else 2)
+    scattered = {"permute_y", "scatter"} & set(one.flags)
+    stores = {"forward_up": 4 if "store_h" in one.flags else 2, "dX_dswiglu": 8}.get(
+        one.kernel, 1 if one.kernel.startswith("dW") else 2
+    )
+    assert found["tma stores"] == (0 if scattered else stores)
+
+
+@by_variant
+def test_every_tile_has_its_own_bounds(variant: str, code: dict[str, dict[str, Any]]) -> None:
+    """Triton 3.6 and 3.7 take a carried value whose only use is an inner loop's bound for invariant: then every tile
+    would sum from the first tile's row on. Producer and consumer have one loop inside the loop over tiles each."""
+    assert code[variant]["nested loops"] == [["default", []], ["partition0", []]]
+
+
+STALE = """
+    default {
+      %step = scf.for %tile = %0 to %1 step %2 iter_args(%end = %15) -> (i32) : i32 {
+        %acc = scf.for %row = %c0 to %end step %c64 iter_args(%a = %cst) -> (f32) : i32 {
+        }
+      }
+    }
+    partition0(%arg0: i32) {
+      %13 = tt.load %12 : !tt.ptr<i32>
+      %14 = arith.addi %13, %c1 : i32
+      %step = scf.for %tile = %0 to %1 step %2 iter_args(%end = %15) -> (i32) : i32 {
+        %20 = tt.load %19 : !tt.ptr<i32>
+        %21 = scf.for %row = %14 to %end step %c64 iter_args(%a = %cst) -> (i32) : i32 {
+        }
+        scf.yield %20 : i32
+      }
+    }
+"""
+
+
+def test_a_stale_bound_is_found() -> None:
+    """What the miscompile looked like: the lower bound is made of a load before the loop, and nothing carries it."""
+    assert sm90.nested_loops(STALE) == [("default", []), ("partition0", ["%14"])]
+
+
+def test_the_variants_are_all_that_a_step_launches() -> None:
+    """Every kernel with and without a gather, in whole tiles and in rows of 8 elements, in both dtypes."""
+    seen = {(one.kernel, bool(one.gathered)) for one in VARIANTS.values()}
+    kernels = {"forward", "forward_up", "dX", "dX_dswiglu", "dW 128x256", "dW 256x128"}
+    assert seen == {(kernel, gathered) for kernel in kernels for gathered in (True, False)}
+    assert {one.sizes for one in VARIANTS.values() if one.gathered} == {"whole", "eights"}
+    assert {one.dtype for one in VARIANTS.values()} == {"bfloat16", "float16"}
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("flags", COMBINATIONS, ids=flag_id)
+def test_the_tests_configs_are_legal_and_the_shipped_ones_are_among_them(flags: dict[str, bool], swapped: bool) -> None:
+    """What the GPU tests state beside any flags breaks no rule; unswapped it is what Hopper ships from 128 rows on."""
+    for pass_name, gemm, config in specialized_kernels(swapped=swapped):
+        n, k = (528, 520) if gemm == "up" else (520, 264)
+        launch = Launch(pass_name, gemm, 8, n, k, 128, DType.bfloat16, options(flags, 2))
+        assert refusals(launch, config) == []
+        assert shared_memory(pass_name, config, DType.bfloat16) <= MAX_SHARED_MEMORY
+        assert (shipped(launch, 90) == config) == (not swapped)
+
+
+def test_the_compiled_tiles_are_the_shipped_ones() -> None:
+    """`sm90` compiles what `specialized_kernels` states."""
+    stated = {(c.block_m, c.block_n, c.block_k, c.num_warps, c.num_stages) for _, _, c in specialized_kernels()}
+    assert {tuple(tile.values()) for tile in sm90.TILES.values()} == stated
+
+
+@pytest.mark.parametrize("flags", COMBINATIONS, ids=flag_id)
+def test_explain_says_it_in_words(flags: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside what is fused into the launch, and never of a plain kernel; the config's values are told as ever."""
+    monkeypatch.setattr(choice, "_capability", lambda device: 90)
+    model = ResolvedModel(64, 32, 8, 2, True, "silu")
+    weights = (judge.unit_weights(model, torch.bfloat16)[name] for name in WEIGHTS)
+    block = Qwen3MoeFusedGroupedGEMMBlock(model, *weights, **flags, autotune=False)
+    few, many = (block.explain(8 * rows // 2).splitlines()[1:] for rows in (64, 128))
+    assert len(few) == len(many) == 6
+    assert not any("warp" in line.replace("num_warps", "") for line in few)
+    assert all(", warp-specialised; block_m=" in line and " warp_specialize=True" in line for line in many)
+    alone = sum("the product alone, warp-specialised" in line for line in many)
+    fused = [flags["permute_x"] or flags["fuse_swiglu"], flags["permute_y"], flags["permute_x"]]
+    fused += [flags["permute_y"] or flags["fuse_swiglu"], flags["permute_x"], flags["permute_y"]]
+    assert alone == fused.count(False)
