@@ -2,13 +2,14 @@
 
 On Hopper the warp-specialised kernels, too: each with and without its gather, in either tile of dW.
 
-python benchmarks/sanitize.py                                          compiles into Triton's cache
+python benchmarks/sanitize.py [plain] [specialized]                     compiles into Triton's cache
 compute-sanitizer --tool memcheck  --error-exitcode 9 python benchmarks/sanitize.py
 compute-sanitizer --tool racecheck --error-exitcode 9 python benchmarks/sanitize.py
 """
 
 from __future__ import annotations
 
+import sys
 from itertools import product
 
 import torch
@@ -68,15 +69,16 @@ def step(dtype: torch.dtype, configs, tokens: int = TOKENS, **flags: bool) -> No
 
 
 def main() -> None:
+    parts = sys.argv[1:] or ["plain", "specialized"]
     names = ("permute_x", "permute_y", "fuse_swiglu", "fuse_combine")
     count = 0
-    for dtype, tma in ((torch.bfloat16, True), (torch.bfloat16, False)):
+    for dtype, tma in ((torch.bfloat16, True), (torch.bfloat16, False)) if "plain" in parts else ():
         for values in product((True, False), repeat=4):
             flags = dict(zip(names, values, strict=True))
             chosen = {name: flags[name] for name in names[:3]}
             step(dtype, kernels(tma=tma, **chosen), **flags)
             count += 1
-    if torch.cuda.get_device_capability() == (9, 0):
+    if "specialized" in parts and torch.cuda.get_device_capability() == (9, 0):
         specialized_rows.num_programs = specialized_dW.num_programs = lambda device: SPECIALIZED_PROGRAMS
         for permute, fuse, wide_x in product((True, False), repeat=3):
             flags = dict(zip(names, (permute, permute, fuse, fuse), strict=True))

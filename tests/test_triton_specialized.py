@@ -26,6 +26,7 @@ from moefactory.triton import choice
 from moefactory.triton.choice import Launch, shipped
 from moefactory.triton.search_space import refusals
 
+pytestmark = pytest.mark.interpreter  # compiles without a GPU; what runs on one is in test_triton_gpu
 MAX_SPILLS = 32  # bytes a thread: a few scalars around the loops; a spilled accumulator would be hundreds
 by_variant = pytest.mark.parametrize("variant", VARIANTS)
 

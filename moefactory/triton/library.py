@@ -43,7 +43,7 @@ def call(operator: Any, *args: Any) -> Any:
     subclass = any(isinstance(arg, torch.Tensor) and type(arg) not in _PLAIN for arg in args)
     if subclass or torch.is_grad_enabled() or _observed():
         return operator(*args)
-    return _IMPLEMENTATIONS[operator](*args)
+    return _IMPLEMENTATIONS.get(operator, operator)(*args)
 
 
 def _observed() -> bool:

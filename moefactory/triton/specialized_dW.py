@@ -106,7 +106,7 @@ def _producer(
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         following = tile + gl.num_programs(0)
         _, next_start, next_end, next_p, next_q = _place(following, tiles, num_p, num_q, offsets_ptr, GROUP)
-        # steps are counted: Triton 3.6 takes a loop-carried value whose only use is a loop's bound for invariant
+        # steps are counted: Triton (3.6, 3.7) takes a carried value whose only use is a loop's bound for invariant
         for index in range(gl.cdiv(end - start, BLOCK_M)):
             row = start + index * BLOCK_M
             s = step % STAGES
