@@ -23,14 +23,15 @@ from moefactory import Qwen3MoeFusedGroupedGEMMBlock
 from moefactory.config import model_preset
 from moefactory.triton.ops import compute_experts
 from moefactory.triton.plan import make_plan
-from moefactory.weights import init_random
 
 MIB = 2**20
 
 
 def make_block(name: str, **options) -> Qwen3MoeFusedGroupedGEMMBlock:
-    weights = init_random(model_preset(name), 0, torch.bfloat16, "cuda")
-    return Qwen3MoeFusedGroupedGEMMBlock.from_weights(weights, **options)
+    m = model_preset(name)
+    e, h, i = m.num_experts, m.hidden_size, m.moe_intermediate_size
+    new = lambda *s: torch.randn(*s, device="cuda", dtype=torch.bfloat16).mul_(s[-1] ** -0.5)  # noqa: E731
+    return Qwen3MoeFusedGroupedGEMMBlock(m, new(e, h), new(e, 2 * i, h), new(e, h, i), **options)
 
 
 def random_x(block, tokens: int) -> torch.Tensor:

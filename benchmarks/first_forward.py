@@ -15,9 +15,9 @@ ONE = """
 import time, torch
 from moefactory import Qwen3MoeFusedGroupedGEMMBlock
 from moefactory.config import model_preset
-from moefactory.weights import init_random
-weights = init_random(model_preset("qwen3_30b_a3b"), 0, torch.bfloat16, "cuda")
-block = Qwen3MoeFusedGroupedGEMMBlock.from_weights(weights)
+shapes = (128, 2048), (128, 1536, 2048), (128, 2048, 768)
+weights = (torch.randn(s, device="cuda", dtype=torch.bfloat16) * 0.02 for s in shapes)
+block = Qwen3MoeFusedGroupedGEMMBlock(model_preset("qwen3_30b_a3b"), *weights)
 x = torch.randn(1, 4096, 2048, device="cuda", dtype=torch.bfloat16)
 (x[0, :64] @ x[0, :64].T).sum().item()
 start = time.perf_counter()
