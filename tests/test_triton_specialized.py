@@ -25,6 +25,7 @@ from moefactory.rules import MAX_SHARED_MEMORY, shared_memory
 from moefactory.triton import choice
 from moefactory.triton.choice import Launch, shipped
 from moefactory.triton.search_space import refusals
+from moefactory.triton.specialized import ragged
 
 pytestmark = pytest.mark.interpreter  # compiles without a GPU; what runs on one is in test_triton_gpu
 MAX_SPILLS = 32  # bytes a thread: a few scalars around the loops; a spilled accumulator would be hundreds
@@ -124,6 +125,21 @@ def test_the_tests_configs_are_legal_and_the_shipped_ones_are_among_them(flags: 
         assert refusals(launch, config) == []
         assert shared_memory(pass_name, config, DType.bfloat16) <= MAX_SHARED_MEMORY
         assert (shipped(launch, 90) == config) == (not swapped)
+
+
+def test_an_untried_triton_gets_the_plain_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gluon changes from release to release: what was never compiled with one is not shipped on it."""
+    launch = Launch("fwd", "up", 8, 528, 520, 128, DType.bfloat16, options(COMBINATIONS[0], 2))
+    for version, known in (("3.6.0", True), ("3.7.1", True), ("3.9.0", False), ("4.0.0", False)):
+        monkeypatch.setattr(choice.triton, "__version__", version)
+        assert shipped.__wrapped__(launch, 90).warp_specialize == known
+
+
+def test_more_rows_than_a_descriptor_holds() -> None:
+    """2**30: beyond, the address would no longer come round. Said before anything is launched."""
+    few = torch.empty(1, 8, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"^rows: got 1073741825; a warp-specialised kernel takes at most 1073741824$"):
+        ragged(few, [128, 64], [2**30 + 1, 8], [8, 1])
 
 
 def test_the_compiled_tiles_are_the_shipped_ones() -> None:

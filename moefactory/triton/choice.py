@@ -7,12 +7,14 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+import triton
 
 from ..config import PASSES, DType, KernelConfig
 from ..rules import MAX_SHARED_MEMORY, shared_memory
 from .launch import interpreting, power_of_2
 from .options import FusedOptions
 
+SPECIALIZED_TRITON = ("3.6.", "3.7.")  # the releases whose Gluon compiles the kernels; it changes with each
 SPECIALIZED_ROWS = 128  # rows per expert (a power of two) from which the warp-specialised kernels are shipped
 
 
@@ -130,7 +132,8 @@ def _gpu_tiles(launch: Launch, capability: int) -> dict[str, Any]:
     rows = launch.rows_per_expert
     if launch.dtype.itemsize > 2:
         return {"block_m": 64 if rows > 32 else 16, "block_n": 64, "block_k": 32, "num_warps": 4, "num_stages": 2}
-    if capability == 90 and rows >= SPECIALIZED_ROWS and launch.whole_rows:
+    known = triton.__version__.startswith(SPECIALIZED_TRITON)
+    if capability == 90 and known and rows >= SPECIALIZED_ROWS and launch.whole_rows:
         return _specialized(launch)
     if capability < 90:
         tiles = {"block_m": min(64, max(16, rows)), "block_n": 128, "block_k": 64, "num_warps": 4, "num_stages": 3}

@@ -25,7 +25,7 @@ from .launch import cdiv, launch, on_device, power_of_2
 from .library import call, define
 
 BLOCK = 128  # slots per program; their order within is found by comparing all pairs
-BLOCK_ALONE = 256  # slots that one program sorts
+BLOCK_ALONE = 64  # slots that one program sorts faster than three launches do
 PREFIX_GROUPS = 4
 PREFIX_BLOCKS = 256
 

@@ -4,7 +4,8 @@ A program of these kernels is two partitions that meet in a ring of shared-memor
 stage, by TMA or row by row through gather_indices, and arrives at the stage's `full` barrier; the consumer (8 warps)
 multiplies it and arrives at `empty`. So the loads of the next tile run under the epilogue of this one, which a plain
 Triton kernel cannot do with a gathered operand on Hopper. They are written in Gluon, Triton's lower layer: compiled
-only, for compute capability 9.0; the plain kernels are their reference, and give the same bits.
+only, for compute capability 9.0. The plain kernels are their reference and give the same bits, but for the last one of
+what follows the fused dSwiGLU.
 
 A ragged descriptor clips at a row that is known on the device only. Its row dimension is RAGGED long, and a box is
 placed so that the expert's end lies at RAGGED: the hardware writes nothing behind it and reads zeros from there. Two
@@ -35,8 +36,13 @@ def descriptor(tensor: Tensor, box: list[int], shape: list[int] | None = None, s
 
 
 def ragged(tensor: Tensor, box: list[int], shape: list[int] | None = None, strides: list[int] | None = None) -> Any:
-    """The same, clipped at an expert's end: rows are the last dimension but one, two dimensions are put in front."""
+    """The same, clipped at an expert's end: rows are the last dimension but one, two dimensions are put in front.
+
+    ValueError for more than 2**30 rows.
+    """
     shape, strides = shape or list(tensor.shape), strides or list(tensor.stride())
+    if shape[-2] > RAGGED.value:
+        raise ValueError(f"rows: got {shape[-2]}; a warp-specialised kernel takes at most {RAGGED.value}")
     row = strides[-2]
     rows = [*shape[:-2], RAGGED.value, shape[-1]]
     return descriptor(tensor, [1, 1, *box], [2**31 - 2**16] * 2 + rows, [2**34 - row, row, *strides])
