@@ -12,6 +12,7 @@ Rows of dropped slots (group E) are stored as zeros. Persistent: program p compu
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -211,6 +212,7 @@ def forward_gemm(
     return y, h
 
 
+@lru_cache(maxsize=1024)
 def kernel_arguments(config: Any) -> dict[str, Any]:
     """A kernel config as launch arguments: constexprs in capitals, num_warps and num_stages as Triton names them.
 

@@ -9,6 +9,8 @@ the down GEMM's output are not.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,8 @@ from .forward import Rows, forward_gemm
 from .gather import gather_rows
 from .options import FusedOptions
 from .schedule import TileTable, tile_table
+
+_launches: dict[tuple[Any, ...], Launch] = {}  # made once: building and hashing one took a sixth of a call's host time
 
 
 class Pipeline:
@@ -49,11 +53,14 @@ class Pipeline:
 
     def _config(self, pass_name: str, gemm: str) -> KernelConfig:
         weight = self.weights[gemm]
-        experts, n, k = weight.shape
-        rows = bucket(self.gather.shape[0], experts)
-        dtype = DType(str(weight.dtype).removeprefix("torch."))
+        rows = bucket(self.gather.shape[0], weight.shape[0])
         aligned = weight.data_ptr() % 16 == 0
-        launch = Launch(pass_name, gemm, experts, n, k, rows, dtype, self.options, aligned)
+        key = (pass_name, gemm, weight.shape, weight.dtype, rows, self.options.text, aligned)
+        launch = _launches.get(key)
+        if launch is None:
+            experts, n, k = weight.shape
+            dtype = DType(str(weight.dtype).removeprefix("torch."))
+            launch = _launches[key] = Launch(pass_name, gemm, experts, n, k, rows, dtype, self.options, aligned)
         return choose(launch, weight.device)[0]
 
     def _rows(self, block_m: int) -> Rows:
