@@ -859,3 +859,35 @@ def test_leading_dimensions(lead: tuple[int, ...]) -> None:
     assert out.shape == x.shape
     assert torch.equal(out.reshape(1, -1, 64), block(x.reshape(1, -1, 64))[0])
     assert logits.shape == (x[..., 0].numel(), 8)
+
+
+@pytest.mark.parametrize("flags", COMBINATIONS, ids=flag_id)
+def test_inputs_at_odd_addresses(flags: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    """x and dout as views that start 4 bytes in: the bits of aligned ones, and no GEMM is given such an address.
+
+    The warp-specialised kernels copy 16 bytes at a time, whether by TMA or through an index.
+    """
+    p = fused.problem(Shape(20, 5, 2, 32, 16), torch.float32).to(DEVICE)
+    o = options(flags, 2)
+    seen: list[int] = []
+    for name in ("forward_gemm", "dX_gemm", "dX_gemm_dswiglu", "dW_gemm"):
+        real = getattr(pipeline, name)
+
+        def noting(first: Tensor, second: Tensor, *rest: Any, real: Any = real, **more: Any) -> Any:
+            seen.extend(t.data_ptr() % 16 for t in (first, second))
+            return real(first, second, *rest, **more)
+
+        monkeypatch.setattr(pipeline, name, noting)
+
+    def shifted(tensor: Tensor) -> Tensor:
+        memory = torch.empty(tensor.numel() + 1, device=tensor.device)
+        return memory[1:].view(tensor.shape).copy_(tensor)
+
+    def results(x: Tensor, dy: Tensor) -> list[Tensor]:
+        x = x.detach().requires_grad_()
+        out, _ = compute_experts(x, p.routing_weights, p.plan, p.gate_up_proj, p.down_proj, o)
+        return [out.detach(), *torch.autograd.grad(out, [x], dy)]
+
+    expected, got = results(p.x, p.dy), results(shifted(p.x), shifted(p.dy))
+    assert all(map(torch.equal, got, expected))
+    assert set(seen) == {0}

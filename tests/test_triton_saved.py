@@ -13,6 +13,7 @@ from torch import Tensor
 from moefactory import Qwen3MoeFusedGroupedGEMMBlock, build
 from moefactory.config import ConfigError, ResolvedModel, Saved
 from moefactory.triton.launch import record_launches
+from moefactory.triton.ops import experts_backward, experts_forward
 from moefactory.triton.options import FusedOptions, parse
 
 SHAPE = Shape(75, 7, 3, 96, 40, "dropped")
@@ -74,6 +75,20 @@ def test_what_is_held() -> None:
     h = 20 * 2 * 64 * 4  # rows * 2I * bytes
     assert kept["h"] == kept["h_reused"]
     assert kept["h"] - kept["x"] == h
+
+
+@by_flags
+def test_dh_takes_the_memory_of_h(flags: dict[str, bool]) -> None:
+    """With h_reused the backward leaves dH where H was, and only then is H written to."""
+    p = fused.problem(SHAPE, torch.float32).to(DEVICE)
+    indices = (p.plan.group_offsets, p.plan.gather_indices, p.plan.scatter_indices)
+    tensors = (p.x, p.routing_weights, p.gate_up_proj, p.down_proj)
+    dout = p.dy if flags["fuse_combine"] else p.dy.repeat_interleave(SHAPE.top_k, 0)
+    before = experts_forward(*tensors, *indices, saving(flags, "h").text, True, False)[1]
+    for saved in ("h", "h_reused"):
+        h = before.clone()
+        experts_backward(dout, *tensors, h, *indices, saving(flags, saved).text, [True] * 4)
+        assert torch.equal(h, before) == (saved == "h")
 
 
 def test_x_runs_the_up_gemm_again() -> None:

@@ -25,7 +25,7 @@ from moefactory.rules import MAX_SHARED_MEMORY, shared_memory
 from moefactory.triton import choice
 from moefactory.triton.choice import Launch, shipped
 from moefactory.triton.search_space import refusals
-from moefactory.triton.specialized import ragged
+from moefactory.triton.specialized import descriptor, ragged
 
 pytestmark = pytest.mark.interpreter  # compiles without a GPU; what runs on one is in test_triton_gpu
 MAX_SPILLS = 32  # bytes a thread: a few scalars around the loops; a spilled accumulator would be hundreds
@@ -140,6 +140,13 @@ def test_more_rows_than_a_descriptor_holds() -> None:
     few = torch.empty(1, 8, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=r"^rows: got 1073741825; a warp-specialised kernel takes at most 1073741824$"):
         ragged(few, [128, 64], [2**30 + 1, 8], [8, 1])
+
+
+def test_an_address_that_tma_cannot_take_is_refused() -> None:
+    """A view that starts 2 bytes in, stated with a specialised kernel: one line, as for the plain kernels' TMA."""
+    memory = torch.empty(65, 64, dtype=torch.bfloat16).flatten()
+    with pytest.raises(ValueError, match="moved by TMA must start at a multiple of 16 bytes"):
+        descriptor(memory[1 : 1 + 64 * 64].view(64, 64), [64, 64])
 
 
 def test_the_compiled_tiles_are_the_shipped_ones() -> None:

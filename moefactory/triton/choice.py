@@ -10,7 +10,7 @@ import torch
 import triton
 
 from ..config import PASSES, DType, KernelConfig
-from ..rules import MAX_SHARED_MEMORY, shared_memory
+from ..rules import MAX_SHARED_MEMORY, SPECIALIZED_TILES, shared_memory
 from .launch import interpreting, power_of_2
 from .options import FusedOptions
 
@@ -153,14 +153,10 @@ def _gpu_tiles(launch: Launch, capability: int) -> dict[str, Any]:
 
 def _specialized(launch: Launch) -> dict[str, Any]:
     """The warp-specialised kernel; in dW the operand that is reached through an index takes the narrow side."""
-    wide = {"block_m": 64, "block_n": 256, "block_k": 128, "num_stages": 3}
-    tall = {"block_m": 64, "block_n": 128, "block_k": 256, "num_stages": 3}
-    tiles = {
-        "fwd": {"block_m": 128, "block_n": 256, "block_k": 64, "num_stages": 4},
-        "bwd_dX": {"block_m": 128, "block_n": 64, "block_k": 256, "num_stages": 4},
-        "bwd_dW": wide if launch.gemm == "up" else tall,
-    }[launch.pass_name]
-    return {**tiles, "num_warps": 8, "warp_specialize": True}
+    dW = launch.pass_name == "bwd_dW"
+    tile = SPECIALIZED_TILES[launch.pass_name][dW and launch.gemm == "up"]
+    sides = dict(zip(("block_m", "block_n", "block_k"), tile, strict=True))
+    return {**sides, "num_stages": 3 if dW else 4, "num_warps": 8, "warp_specialize": True}
 
 
 def _tma_loads(launch: Launch, capability: int) -> dict[str, Any]:

@@ -110,17 +110,31 @@ def accumulator(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
-def descriptor(tensor: Tensor, block: list[int]) -> TensorDescriptor:
-    """A host TMA descriptor of a contiguous tensor. ValueError where the address is not a multiple of 16 bytes."""
+def refuse_misaligned(tensor: Tensor) -> None:
+    """ValueError for a tensor that TMA cannot move."""
     if tensor.data_ptr() % 16:
         raise ValueError(
             "a tensor moved by TMA must start at a multiple of 16 bytes; clone it or set its flag to false"
         )
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy where a view of somebody's memory starts at no multiple of 16 bytes.
+
+    The warp-specialised kernels copy 16 bytes at a time also where they follow an index.
+    """
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
+def descriptor(tensor: Tensor, block: list[int]) -> TensorDescriptor:
+    """A host TMA descriptor of a contiguous tensor. ValueError where the address is not a multiple of 16 bytes."""
+    refuse_misaligned(tensor)
     return TensorDescriptor.from_tensor(tensor, block)
 
 
 __all__ = [
     "accumulator",
+    "aligned",
     "cdiv",
     "descriptor",
     "interpreting",
@@ -128,4 +142,5 @@ __all__ = [
     "num_programs",
     "power_of_2",
     "record_launches",
+    "refuse_misaligned",
 ]

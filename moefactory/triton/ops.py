@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..routing import RoutingPlan, combine
-from .launch import on_device
+from .launch import aligned, on_device
 from .library import call, define, differentiate, no_second_derivative, refuse_forward_mode
 from .options import FusedOptions, parse
 from .pipeline import Pipeline, empty_like_none
@@ -57,6 +57,7 @@ def experts_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(out, h, a, y): out [T,H], or token-order rows [T*K,H] without fuse_combine; h with `save_h`; a, y to trace."""
     pipeline = Pipeline(offsets, gather, scatter, parse(options), gate_up_proj, down_proj)
+    x = aligned(x)
     with on_device(x.device):
         a, h = pipeline.up(x, save_h=save_h or trace)
         y = pipeline.down(a)
@@ -105,6 +106,7 @@ def experts_backward(
     need_x, need_s, need_up, need_down = needs
     pipeline = Pipeline(offsets, gather, scatter, parse(options), gate_up_proj, down_proj)
     need_dh = need_x or need_s or need_up
+    x, dout = aligned(x), aligned(dout)
     with on_device(x.device):
         if pipeline.options.saved == "x":
             h = pipeline.h_again(x)

@@ -23,6 +23,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from .launch import refuse_misaligned
+
 RAGGED = gl.constexpr(2**30)
 # 12 warps share 65,536 registers: 168 each at the start, then 56 for a producer's thread and 224 for a consumer's
 WARPS = {"PRODUCERS": 4, "PRODUCER_REGISTERS": 56, "num_warps": 8, "maxnreg": 168}
@@ -30,7 +32,11 @@ _TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
 def descriptor(tensor: Tensor, box: list[int], shape: list[int] | None = None, strides: list[int] | None = None) -> Any:
-    """A TMA descriptor of boxes of a contiguous tensor, or of a view of it by `shape` and `strides`."""
+    """A TMA descriptor of boxes of a contiguous tensor, or of a view of it by `shape` and `strides`.
+
+    ValueError where the address is not a multiple of 16 bytes.
+    """
+    refuse_misaligned(tensor)
     layout = gl.NVMMASharedLayout.get_default_for(box, _TYPES[tensor.dtype])
     return TensorDescriptor(tensor, shape or list(tensor.shape), strides or list(tensor.stride()), box, layout)
 

@@ -258,14 +258,15 @@ def specialized_dW(
     sides = (dy, n, config.block_n, dy_divisor), (x, k, config.block_k, x_divisor)
     x_narrow = config.block_k < config.block_n
     (p, p_size, p_block, p_divisor), (q, q_size, q_block, q_divisor) = sides[::-1] if x_narrow else sides
-    descriptors = ragged(p, [config.block_m, p_block]), ragged(q, [config.block_m, q_block])
     dw_desc = descriptor(dw, [1, config.block_n, config.block_k])
+    p_desc = dw_desc if p_divisor else ragged(p, [config.block_m, p_block])  # gathered rows take none
+    q_desc = dw_desc if q_divisor else ragged(q, [config.block_m, q_block])
     tiles = experts * cdiv(n, config.block_n) * cdiv(k, config.block_k)
     launch(
         "dW",
         _specialized_dW,
         (min(num_programs(x.device), tiles),),
-        *(*descriptors, dw_desc, p, q, rows.expert_offsets, rows.gather_indices, experts, p_size, q_size),
+        *(p_desc, q_desc, dw_desc, p, q, rows.expert_offsets, rows.gather_indices, experts, p_size, q_size),
         P_DIVISOR=p_divisor,
         Q_DIVISOR=q_divisor,
         X_NARROW=x_narrow,

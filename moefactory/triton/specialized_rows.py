@@ -407,13 +407,14 @@ def _launch(
         w_desc = descriptor(weight.view(2 * experts, width, k), [2, out_n, block_k])
     else:
         w_desc = descriptor(weight, [1, block_n, block_k])
+    x_desc = w_desc if flags["DIVISOR"] else descriptor(x, [block_m, block_k])  # gathered rows take none
     programs = min(num_programs(x.device), rows.table.max_tiles * cdiv(width, out_n))
     m = rows.gather_indices.shape[0]
     launch(
         name,
         _specialized_rows,
         (programs,),
-        *(descriptor(x, [block_m, block_k]), w_desc, *descriptors, x, *outputs, *rows.arguments),
+        *(x_desc, w_desc, *descriptors, x, *outputs, *rows.arguments),
         *(experts, m, reduced, width),
         **{"SCATTER": False, "STORE_H": False, "HAS_WEIGHTS": False, **flags},
         EVEN_K=reduced % block_k == 0,
