@@ -27,6 +27,8 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 STARTUP = ROOT / "benchmarks" / "results" / "startup.json"
 BLOCK = ROOT / "benchmarks" / "results" / "block.json"
+FIRST = ROOT / "benchmarks" / "results" / "first_forward.json"
+BENCH = ROOT / "benchmarks" / "results" / "bench_30b.json"
 
 MEANINGS = {
     "backend.name": "which implementation computes the experts",
@@ -151,8 +153,54 @@ def speed() -> str:
     return f"{table(head, lines)}\n\n{versions}, commit `{result['versions']['commit']}`."
 
 
+def more_speed() -> str:
+    """Decoding, host, skew and the first forward, from ``benchmarks/block.py`` and ``first_forward.py``."""
+    result, first = json.loads(BLOCK.read_text()), json.loads(FIRST.read_text())
+    decode = [row for row in result["decode"] if row["model"] == result["rows"][0]["model"]]
+    balanced, *skewed = result["skew"]
+    worst = max(row[ms] / balanced[ms] for row in skewed for ms in ("forward_ms", "step_ms"))
+    lines = [
+        *((f"forward, one CUDA graph replay, tokens: {row['tokens']}", f"{row['graph_us']:.0f} us") for row in decode),
+        ("host time of an eager forward of 1 token", f"{result['host']['forward_1_us'] / 1e3:.2f} ms"),
+        ("host time of an eager step of 256 tokens", f"{result['host']['step_256_us'] / 1e3:.1f} ms"),
+        (f"skewed routing over balanced, at worst ({', '.join(row['routing'] for row in skewed)})", f"{worst:.2f}"),
+        *(
+            (f"first forward of a process, {cache} Triton cache", f"{first[cache]['forward_s']:.1f} s")
+            for cache in ("warm", "cold")
+        ),
+    ]
+    return table(("30B model", ""), lines)
+
+
+def peers() -> str:
+    """The block beside Hugging Face's, from the committed result of ``moefactory bench``, at its most tokens."""
+    rows = json.loads(BENCH.read_text())["rows"]
+    tokens = max(row["tokens"] for row in rows)
+    found = {(row["runs"], row["measure"]): row for row in rows if row["tokens"] == tokens}
+    lines = [
+        (
+            runner,
+            f"{found[runner, 'forward']['p50_ms']:.2f}",
+            f"{step['p50_ms']:.2f}",
+            f"{step['held_mib']:.0f}",
+            f"{step['peak_mib']:.0f}",
+        )
+        for (runner, measure), step in found.items()
+        if measure == "step"
+    ]
+    return table((f"{tokens:,} tokens", "forward ms", "step ms", "held MiB", "peak of a step MiB"), lines)
+
+
 _COLUMNS = ("median", "least", "most")
-TABLES = {"options": options, "presets": presets, "rules": rules, "times": times, "speed": speed}
+TABLES = {
+    "options": options,
+    "presets": presets,
+    "rules": rules,
+    "times": times,
+    "speed": speed,
+    "more-speed": more_speed,
+    "peers": peers,
+}
 
 
 def rewritten(text: str) -> str:
