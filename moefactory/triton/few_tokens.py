@@ -1,0 +1,205 @@
+"""Everything between the router's logits and the up GEMM in one launch of one program, for few tokens.
+
+    p = softmax(logits); w, id = the top_k largest p, lowest expert first among equals (/ their sum if norm_topk_prob)
+    row(t, k) = offsets[id[t,k]] + how many of the tokens before t chose id[t,k] too
+
+The bits are those of `router`, `plan` and `schedule`, one after the other: at few tokens each of their launches costs
+more than its work. The ids of a token are distinct, so that the stable sort of the slots needs no sorting: a word for
+each expert, with bit t set where token t chose it, holds the expert's count (its ones) and a token's rank there (the
+ones below bit t). No id lies outside [0, E), so that the group of dropped slots is empty.
+
+    argument               shape           order, or index -> value
+    logits                 [T, E]          token order
+    weights, exact         [T, K]          token order; exact (before the cast to the logits' dtype) with NORM only
+    selected               [T, K] int64    token order
+    counts                 [E+1] int32     group -> its slots (group E: none)
+    offsets                [E+2] int32     group -> its first expert-order row; then T*K
+    gather, scatter        [T*K] int32     expert-order row -> slot, slot -> expert-order row
+    tile_expert, tile_row  [max] int32     row tile of BLOCK_M -> its expert, its first row; not written past num_tiles
+    num_tiles              [1]   int32     how many row tiles there are
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import accumulator, launch, on_device, power_of_2
+
+MIN_TOKENS, MAX_TOKENS = 8, 64  # the router's rows a program; the bits of a word, and at two a warp all the warps
+MAX_EXPERTS = 128  # with more than MIN_TOKENS: beyond, warps share a row, and more of them add in another order
+MAX_LOGITS = 8192  # padded tokens times padded experts
+
+
+@triton.jit
+def _ones_of_32(word):
+    """How many bits are set, without the usual last multiplication, which wraps."""
+    word = word - ((word >> 1) & 0x55555555)
+    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
+    word = (word + (word >> 4)) & 0x0F0F0F0F
+    word = word + (word >> 8)
+    word = word + (word >> 16)
+    return (word & 0x3F).to(tl.int32)
+
+
+@triton.jit
+def _ones(word):
+    """How many bits are set in each uint32 or uint64."""
+    if word.dtype == tl.uint64:
+        return _ones_of_32((word & 0xFFFFFFFF).to(tl.uint32)) + _ones_of_32((word >> 32).to(tl.uint32))
+    else:
+        return _ones_of_32(word)
+
+
+@triton.jit
+def _flat(matrix, lane):
+    """The elements of a matrix, one after the other.
+
+    As a gather of itself: a reshape would leave each thread what it holds, several elements or copies, and every use
+    from there on would do that much more work, every store convert anew.
+    """
+    return tl.gather(tl.reshape(matrix, lane.shape), lane, 0)
+
+
+@triton.jit
+def _route_few_tokens(
+    logits_ptr,
+    weights_ptr,
+    selected_ptr,
+    exact_ptr,
+    counts_ptr,
+    offsets_ptr,
+    gather_ptr,
+    scatter_ptr,
+    tile_expert_ptr,
+    tile_row_ptr,
+    num_tiles_ptr,
+    T,
+    E,
+    TOP_K: tl.constexpr,
+    SLOTS: tl.constexpr,
+    NORM: tl.constexpr,
+    ACC: tl.constexpr,
+    BITS: tl.constexpr,
+    WORD: tl.constexpr,
+    TOKENS: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    offs_t = tl.arange(0, TOKENS)
+    offs_e = tl.arange(0, EXPERTS)
+    offs_s = tl.arange(0, SLOTS)
+    row_mask = (offs_t < T)[:, None]
+    inside = (offs_e < E)[None, :]
+    ptrs = logits_ptr + offs_t.to(tl.int64)[:, None] * E + offs_e[None, :]
+    # rows past the end read zeros, not -inf, whose softmax would be NaN
+    logits = tl.where(inside, tl.load(ptrs, mask=row_mask & inside, other=0.0).to(ACC), float("-inf"))
+    shifted = tl.exp(logits - tl.max(logits, axis=1)[:, None])
+    total = tl.sum(shifted, axis=1)
+    broken = (total != total)[:, None]  # noqa: PLR0124 - NaN; without, a sum of 1 or more that gives no NaN either
+    p = shifted / total[:, None]  # [TOKENS, EXPERTS]
+
+    # floats of 0 and more are ordered as their bits; a row of NaN selects the first experts: its keys go down
+    key = tl.where(broken, EXPERTS - offs_e[None, :], p.to(BITS, bitcast=True))
+    key = tl.where(inside, key, -1)
+    weights = tl.zeros((TOKENS, SLOTS), BITS)
+    selected = tl.zeros((TOKENS, SLOTS), tl.int32)
+    for k in tl.static_range(TOP_K):
+        best = tl.max(key, axis=1)
+        expert = tl.min(tl.where(key == best[:, None], offs_e[None, :], EXPERTS), axis=1)
+        weights = tl.where((offs_s == k)[None, :], best[:, None], weights)
+        selected = tl.where((offs_s == k)[None, :], expert[:, None], selected)
+        key = tl.where(offs_e[None, :] == expert[:, None], -2, key)  # taken
+    weights = tl.where(broken, float("nan"), weights.to(ACC, bitcast=True))
+    if NORM:
+        weights = weights / tl.sum(weights, axis=1)[:, None]
+
+    bit = tl.full((TOKENS,), 1, WORD) << offs_t.to(WORD)
+    word = _flat(tl.sum(tl.where((key == -2) & row_mask, bit[:, None], 0), axis=0), offs_e)  # [EXPERTS]
+    counts = _ones(word)
+    tiles = (counts + BLOCK_M - 1) // BLOCK_M
+    ends = tl.cumsum((tiles << 16) + counts, axis=0)  # of both in one scan: T*K stays below 2^16
+    starts = (ends & 0xFFFF) - counts
+    first_tile = (ends >> 16) - tiles
+    tl.store(counts_ptr + offs_e, counts, mask=offs_e < E)
+    tl.store(offsets_ptr + offs_e, starts, mask=offs_e < E)
+    tl.store(counts_ptr + E, 0)
+    tl.store(offsets_ptr + E, T * TOP_K)
+    tl.store(offsets_ptr + E + 1, T * TOP_K)
+    for tile in tl.static_range((TOKENS + BLOCK_M - 1) // BLOCK_M):  # an expert has at most one slot of each token
+        tl.store(tile_expert_ptr + first_tile + tile, offs_e, mask=tile < tiles)
+        tl.store(tile_row_ptr + first_tile + tile, starts + tile * BLOCK_M, mask=tile < tiles)
+    tl.store(num_tiles_ptr + offs_e - (EXPERTS - 1), ends >> 16, mask=offs_e == EXPERTS - 1)  # the last of them: all
+
+    lane = tl.arange(0, TOKENS * SLOTS)
+    token = lane // SLOTS
+    mask = (token < T) & (lane % SLOTS < TOP_K)
+    slot = token * TOP_K + lane % SLOTS
+    expert = _flat(selected, lane)
+    w = _flat(weights, lane)
+    earlier = (tl.full((TOKENS * SLOTS,), 1, WORD) << token.to(WORD)) - 1
+    row = tl.gather(starts, expert, 0) + _ones(tl.gather(word, expert, 0) & earlier)
+    tl.store(weights_ptr + slot, w.to(weights_ptr.dtype.element_ty), mask=mask)
+    tl.store(selected_ptr + slot, expert.to(tl.int64), mask=mask)
+    if NORM:
+        tl.store(exact_ptr + slot, w, mask=mask)
+    tl.store(scatter_ptr + slot, row, mask=mask)
+    tl.store(gather_ptr + row, slot, mask=mask)
+
+
+def few(tokens: int, num_experts: int) -> bool:
+    """Whether `route_few_tokens` takes this many."""
+    most = MAX_TOKENS if num_experts <= MAX_EXPERTS else MIN_TOKENS
+    return 0 < tokens <= most and _padded(tokens) * power_of_2(num_experts) <= MAX_LOGITS
+
+
+def _padded(tokens: int) -> int:
+    return max(MIN_TOKENS, power_of_2(tokens))
+
+
+def route_few_tokens(logits: Tensor, top_k: int, norm_topk_prob: bool, block_m: int) -> tuple[Tensor, ...]:
+    """Router, plan and tile table of `few` tokens' logits [T,E], in one launch.
+
+    Returns:
+        routing_weights [T,K] in the logits' dtype, selected_experts [T,K] int64, the weights before the cast [T,K]
+        (empty without norm_topk_prob); counts [E+1], offsets [E+2], gather [T*K], scatter [T*K]; tile_expert [max],
+        tile_row [max], num_tiles [1] for row tiles of `block_m`.
+
+    Raises:
+        ValueError: too many tokens, or none.
+    """
+    tokens, experts = logits.shape
+    if not few(tokens, experts):
+        raise ValueError(f"logits: got {tokens} tokens of {experts} experts; see moefactory.triton.few_tokens.few")
+    device, slots = logits.device, tokens * top_k
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    max_tiles = slots // block_m + min(experts + 1, slots)  # the tile table's bound
+    sizes = (experts + 1, experts + 2, slots, slots, max_tiles, max_tiles, 1)
+    out = (
+        torch.empty(tokens, top_k, dtype=logits.dtype, device=device),
+        torch.empty(tokens, top_k, dtype=torch.int64, device=device),
+        torch.empty(tokens if norm_topk_prob else 0, top_k, dtype=wide, device=device),
+        *(torch.empty(n, dtype=torch.int32, device=device) for n in sizes),
+    )
+    padded = _padded(tokens)
+    with on_device(device):
+        launch(
+            "route_few_tokens",
+            _route_few_tokens,
+            (1,),
+            *(logits.contiguous(), *out, tokens, experts),
+            TOP_K=top_k,
+            SLOTS=power_of_2(top_k),
+            NORM=norm_topk_prob,
+            ACC=accumulator(logits.dtype),
+            BITS=tl.int64 if wide == torch.float64 else tl.int32,
+            WORD=tl.uint32 if padded <= 32 else tl.uint64,
+            TOKENS=padded,
+            EXPERTS=power_of_2(experts),
+            BLOCK_M=block_m,
+            # as many logits a thread as in the router's program of 8 rows and 4 warps: its sums, its order of adding
+            num_warps=padded // 2,
+        )
+    return out
