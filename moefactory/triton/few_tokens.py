@@ -94,16 +94,16 @@ def _route_few_tokens(
     row_mask = (offs_t < T)[:, None]
     inside = (offs_e < E)[None, :]
     ptrs = logits_ptr + offs_t.to(tl.int64)[:, None] * E + offs_e[None, :]
-    # rows past the end read zeros, not -inf, whose softmax would be NaN
+    # rows past the end are rows of zeros; what they choose is masked out
     logits = tl.where(inside, tl.load(ptrs, mask=row_mask & inside, other=0.0).to(ACC), float("-inf"))
     shifted = tl.exp(logits - tl.max(logits, axis=1)[:, None])
     total = tl.sum(shifted, axis=1)
     broken = (total != total)[:, None]  # noqa: PLR0124 - NaN; without, a sum of 1 or more that gives no NaN either
     p = shifted / total[:, None]  # [TOKENS, EXPERTS]
 
-    # floats of 0 and more are ordered as their bits; a row of NaN selects the first experts: its keys go down
+    # Floats of 0 and more are ordered as their bits. A row of NaN selects the first experts: its keys go down. Columns
+    # past the last expert lose to every expert: no key is less than theirs, no number higher.
     key = tl.where(broken, EXPERTS - offs_e[None, :], p.to(BITS, bitcast=True))
-    key = tl.where(inside, key, -1)
     weights = tl.zeros((TOKENS, SLOTS), BITS)
     selected = tl.zeros((TOKENS, SLOTS), tl.int32)
     for k in tl.static_range(TOP_K):
@@ -111,13 +111,13 @@ def _route_few_tokens(
         expert = tl.min(tl.where(key == best[:, None], offs_e[None, :], EXPERTS), axis=1)
         weights = tl.where((offs_s == k)[None, :], best[:, None], weights)
         selected = tl.where((offs_s == k)[None, :], expert[:, None], selected)
-        key = tl.where(offs_e[None, :] == expert[:, None], -2, key)  # taken
+        key = tl.where(offs_e[None, :] == expert[:, None], -1, key)  # taken
     weights = tl.where(broken, float("nan"), weights.to(ACC, bitcast=True))
     if NORM:
         weights = weights / tl.sum(weights, axis=1)[:, None]
 
     bit = tl.full((TOKENS,), 1, WORD) << offs_t.to(WORD)
-    word = _flat(tl.sum(tl.where((key == -2) & row_mask, bit[:, None], 0), axis=0), offs_e)  # [EXPERTS]
+    word = _flat(tl.sum(tl.where((key < 0) & row_mask, bit[:, None], 0), axis=0), offs_e)  # [EXPERTS]
     counts = _ones(word)
     tiles = (counts + BLOCK_M - 1) // BLOCK_M
     ends = tl.cumsum((tiles << 16) + counts, axis=0)  # of both in one scan: T*K stays below 2^16
