@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moefactory.block import Qwen3MoeFusedGroupedGEMMBlock, Qwen3MoeGroupedGEMMBlock
 from moefactory.config import ResolvedModel
-from moefactory.triton import ops, plan, router
+from moefactory.triton import library, ops, plan, router
 from moefactory.triton.launch import record_launches
 from moefactory.triton.ops import compute_experts
 from moefactory.triton.options import FusedOptions
@@ -175,6 +175,24 @@ def test_fake_agrees_with_real_on_wide_routing_weights(wide: torch.dtype) -> Non
     for flags in COMBINATIONS:
         out, _ = compute_experts(p.x, s.to(wide), p.plan, up, down, options(flags, 2))
         assert out.dtype == torch.bfloat16
+
+
+@by_flags
+def test_autograd_without_the_dispatcher(flags: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    """An eager step calls no operator; its bits, kernels and saved tensors are those of the registered operators."""
+    block = fused_block(**flags)
+    x, dy = block_data(9)
+    found = []
+    for observed in (False, True):
+        monkeypatch.setattr(library, "_observed", lambda observed=observed: observed)
+        with record_launches() as names, torch.profiler.profile() as profile:
+            results = step(block, block, x, dy)
+        packed, _ = saved_by(lambda: block(x.clone().requires_grad_())[0])
+        called = any(event.name.startswith("moefactory::") for event in profile.events())
+        assert called == observed
+        found.append((results, names, [(t.shape, t.dtype) for t in packed]))
+    assert differing(found[0][0], found[1][0]) == []
+    assert found[0][1:] == found[1][1:]
 
 
 # --- compile ----------------------------------------------------------------------------------------------------------

@@ -11,10 +11,12 @@ import triton
 
 from ..config import PASSES, DType, KernelConfig
 from ..rules import MAX_SHARED_MEMORY, SPECIALIZED_TILES, shared_memory
+from . import replay
 from .launch import interpreting, power_of_2
 from .options import FusedOptions
 
 SPECIALIZED_TRITON = ("3.6.", "3.7.")  # the releases whose Gluon compiles the kernels; it changes with each
+_chosen: dict[tuple[Launch, torch.device, int], tuple[KernelConfig, str]] = {}
 SPECIALIZED_ROWS = 128  # rows per expert (a power of two) from which the warp-specialised kernels are shipped
 
 
@@ -69,13 +71,27 @@ class Launch:
         return self.aligned and all(width * self.dtype.itemsize % 16 == 0 for width in widths)
 
 
+def forget() -> None:
+    """Choose anew from now on."""
+    _chosen.clear()
+    replay.forget()
+
+
 def bucket(rows: int, experts: int) -> int:
     """Rows per expert as a power of two: the part of a key that follows the number of tokens."""
     return power_of_2(max(1, -(-rows // experts)))
 
 
 def choose(launch: Launch, device: torch.device) -> tuple[KernelConfig, str]:
-    """(config, where it is from: stated, tuned or shipped)."""
+    """(config, where it is from: stated, tuned or shipped). Kept until a search has news: see `lookup`."""
+    key = (launch, device, _capability(device))
+    found = _chosen.get(key)
+    if found is None:
+        found = _chosen[key] = _choose(launch, device)
+    return found
+
+
+def _choose(launch: Launch, device: torch.device) -> tuple[KernelConfig, str]:
     if (stated := launch.options.stated(launch.pass_name, launch.gemm)) is not None:
         return stated, "stated"
     if launch.options.autotune and (tuned := _tuned(launch, device)) is not None:

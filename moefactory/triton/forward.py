@@ -142,7 +142,7 @@ def _grouped_forward(
         store_tile(y_desc, row0, col0, row_end, y_ptrs, out, mask, out_width, USE_TMA_STORE)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Rows:
     """The rows of a launch: the plan's tensors on the device and the tile table of its block size."""
 
@@ -199,17 +199,26 @@ def forward_gemm(
         _grouped_forward,
         (programs,),
         *(x_arg, w_arg, y, y_desc, y if h is None else h, h_desc, *rows.arguments, experts, n, k),
-        TOP_K=rows.top_k,
-        PERMUTE_X=permute_x,
-        PERMUTE_Y=permute_y,
-        SWIGLU=swiglu,
-        STORE_H=h is not None,
-        EVEN_K=k % config.block_k == 0,
-        ACC=accumulator(x.dtype),
-        GROUP_M=GROUP_M,
-        **kernel_arguments(config),
+        **_constants(config, k, x.dtype, rows.top_k, permute_x, permute_y, swiglu, h is not None),
     )
     return y, h
+
+
+@lru_cache(maxsize=1024)
+def _constants(
+    config: KernelConfigForward,
+    k: int,
+    dtype: torch.dtype,
+    top_k: int,
+    permute_x: bool,
+    permute_y: bool,
+    swiglu: bool,
+    store_h: bool,
+) -> dict[str, Any]:
+    """The constexprs of a launch; made once, as they take longer than the launch."""
+    flags = {"PERMUTE_X": permute_x, "PERMUTE_Y": permute_y, "SWIGLU": swiglu, "STORE_H": store_h}
+    rest = {"TOP_K": top_k, "EVEN_K": k % config.block_k == 0, "ACC": accumulator(dtype), "GROUP_M": GROUP_M}
+    return {**flags, **rest, **kernel_arguments(config)}
 
 
 @lru_cache(maxsize=1024)

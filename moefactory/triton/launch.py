@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
-from typing import Any
+from threading import get_ident
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..machine import interpreting
+from .direct import Direct, current_stream, direct, hooked
 
 INTERPRETED_PROGRAMS = 3  # few, so that a persistent program walks several tiles on a CPU too
+_HERE = nullcontext()
+Watcher = Callable[[str, Direct | None, tuple[int, ...], tuple[Any, ...]], None]
 _recorders: list[list[str]] = []
-_compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+_watchers: dict[int, Watcher] = {}
+_compiled: dict[tuple[Any, ...], _Compiled] = {}
+MAX_CHECKED = 4096
+_checked: dict[tuple[Any, ...], dict[str, Any]] = {}
 
 
 @contextmanager
@@ -31,41 +39,74 @@ def record_launches() -> Iterator[list[str]]:
         _recorders[:] = [other for other in _recorders if other is not names]
 
 
+@contextmanager
+def watched(watcher: Watcher) -> Iterator[None]:
+    """Tell `watcher` of this thread's launches: name, how it was launched (None: another way), grid, arguments."""
+    _watchers[get_ident()] = watcher
+    try:
+        yield
+    finally:
+        del _watchers[get_ident()]
+
+
+class _Compiled(NamedTuple):
+    """A kernel compiled for what its arguments are."""
+
+    kernel: Any  # kept, so that its id stays its own
+    compiled: Any
+    constants: tuple[Any, ...]  # the constexprs that follow the arguments
+    direct: Direct | None
+
+
 def launch(name: str, kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     """Launch `kernel` over `grid` under `name`; `args` are its first parameters, `meta` the constexprs after them.
 
     Triton's own launch binds and specialises some thirty arguments anew, 50 us each time. What it specialises on is
-    kept here with the compiled kernel, which is then called directly: alignment, and integers that are 1 or multiples
-    of 16.
+    kept here with the compiled kernel, which is then launched by `direct`: dtypes, alignment, and integers that are 1
+    or multiples of 16.
     """
     for names in _recorders:
         names.append(name)
-    if interpreting():
+    if not isinstance(kernel, JITFunction):  # interpreted
         kernel[grid](*args, **meta)
         return
-    key = (id(kernel), torch.cuda.current_device(), *meta.values(), *map(_specialisation, args))
-    known = _compiled.get(key)
+    device = torch.cuda.current_device()
+    key: list[Any] = [id(kernel), device, *meta.values()]
+    values: list[Any] = []
+    any_bits = 0
+    for arg in args:
+        if type(arg) is int:
+            key.append(2 if arg == 1 else (arg % 16 == 0 if arg < 2**31 else -(arg % 16)))
+            values.append(arg)
+        elif isinstance(arg, Tensor):
+            address = arg.data_ptr()
+            any_bits |= address
+            key.append(arg.dtype)
+            values.append(address)
+        else:
+            key.append((arg.base.dtype, *arg.block_shape))
+            values.append(arg)
+    if any_bits % 16:
+        key.extend(arg.data_ptr() % 16 == 0 for arg in args if isinstance(arg, Tensor))
+    known = _compiled.get(tuple(key))
+    if _watchers and (watcher := _watchers.get(get_ident())):
+        watcher(name, known.direct if known else None, grid, args)
     if known is None:
         compiled = kernel[grid](*args, **meta)
-        _compiled[key] = compiled, tuple(meta[parameter] for parameter in kernel.arg_names[len(args) :])
-        return
-    compiled, constants = known
-    compiled[(*grid, 1, 1)[:3]](*args, *constants)
-
-
-def _specialisation(arg: Any) -> Any:
-    """What a compiled kernel depends on of one argument."""
-    if isinstance(arg, Tensor):
-        return arg.dtype, arg.data_ptr() % 16 == 0
-    if isinstance(arg, int):
-        return arg == 1, arg % 16 == 0, arg < 2**31
-    return arg.base.dtype, *arg.block_shape
+        constants = tuple(meta[parameter] for parameter in kernel.arg_names[len(args) :])
+        _compiled[tuple(key)] = _Compiled(kernel, compiled, constants, direct(compiled, constants))
+    elif hooked():
+        kernel[grid](*args, **meta)
+    elif known.direct is None:
+        known.compiled[(*grid, 1, 1)[:3]](*args, *known.constants)
+    else:
+        known.direct.run((*grid, 1, 1)[:3], current_stream(device), values)
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
     """Triton launches on the current device: make the tensors' own the current one."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return nullcontext()
+        return _HERE
     return torch.cuda.device(device)
 
 
@@ -126,16 +167,34 @@ def aligned(tensor: Tensor) -> Tensor:
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
+def checked_once(kind: type, base: Tensor, shape: Any, strides: Any, block: list[int], *layout: Any) -> Any:
+    """`kind(base, shape, strides, block, *layout)`, a descriptor of Triton's, whose checks (4 us) run once for a shape.
+
+    The address is not among what is checked once: see `refuse_misaligned`.
+    """
+    key = (kind, base.dtype, *shape, *strides, *block)
+    if key not in _checked:
+        if len(_checked) >= MAX_CHECKED:
+            _checked.clear()
+        made = kind(base, shape, strides, block, *layout)
+        _checked[key] = {name: value for name, value in vars(made).items() if name != "base"}
+        return made
+    made = object.__new__(kind)
+    made.__dict__.update(_checked[key], base=base)
+    return made
+
+
 def descriptor(tensor: Tensor, block: list[int]) -> TensorDescriptor:
     """A host TMA descriptor of a contiguous tensor. ValueError where the address is not a multiple of 16 bytes."""
     refuse_misaligned(tensor)
-    return TensorDescriptor.from_tensor(tensor, block)
+    return checked_once(TensorDescriptor, tensor, tensor.shape, tensor.stride(), block)
 
 
 __all__ = [
     "accumulator",
     "aligned",
     "cdiv",
+    "checked_once",
     "descriptor",
     "interpreting",
     "launch",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..config import KernelConfig
-from . import cache
+from . import cache, choice
 from .choice import Launch, _capability
 from .search_space import candidates
 
@@ -60,6 +60,7 @@ def keep(launch: Launch, device: torch.device, result: Result) -> None:
     key = key_of(launch, candidates(launch, _capability(device)))
     cache.store(cache.environment(device), key, asdict(result))
     _memo.clear()
+    choice.forget()
 
 
 def key_of(launch: Launch, choices: Sequence[KernelConfig]) -> dict[str, Any]:
@@ -74,4 +75,5 @@ def key_of(launch: Launch, choices: Sequence[KernelConfig]) -> dict[str, Any]:
 def forget() -> None:
     """Drop everything that this process remembers of searches; files stay."""
     _memo.clear()
+    choice.forget()
     cache.forget()

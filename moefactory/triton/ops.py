@@ -38,6 +38,28 @@ def _forward_fake(
     return out, h, a, y
 
 
+def _experts_forward(
+    x: Tensor,
+    routing_weights: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    offsets: Tensor,
+    gather: Tensor,
+    scatter: Tensor,
+    options: str,
+    save_h: bool,
+    trace: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """`experts_forward`, with None for what is not asked for."""
+    pipeline = Pipeline(offsets, gather, scatter, parse(options), gate_up_proj, down_proj)
+    x = aligned(x)
+    with on_device(x.device):
+        a, h = pipeline.up(x, save_h=save_h or trace)
+        y = pipeline.down(a)
+        out = pipeline.combine(y, routing_weights)
+    return out, h if save_h or trace else None, a if trace else None, y if trace else None
+
+
 @define(
     "experts_forward(Tensor x, Tensor routing_weights, Tensor gate_up_proj, Tensor down_proj, Tensor offsets, "
     "Tensor gather, Tensor scatter, str options, bool save_h, bool trace) -> (Tensor, Tensor, Tensor, Tensor)",
@@ -56,14 +78,9 @@ def experts_forward(
     trace: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(out, h, a, y): out [T,H], or token-order rows [T*K,H] without fuse_combine; h with `save_h`; a, y to trace."""
-    pipeline = Pipeline(offsets, gather, scatter, parse(options), gate_up_proj, down_proj)
-    x = aligned(x)
-    with on_device(x.device):
-        a, h = pipeline.up(x, save_h=save_h or trace)
-        y = pipeline.down(a)
-        out = pipeline.combine(y, routing_weights)
-    nothing = [x.new_empty(0) for _ in range(3)]  # three: outputs of an operator may not alias
-    return out, h if save_h or trace else nothing[0], a if trace else nothing[1], y if trace else nothing[2]
+    tensors = (x, routing_weights, gate_up_proj, down_proj, offsets, gather, scatter)
+    out, h, a, y = _experts_forward(*tensors, options, save_h, trace)
+    return out, empty_like_none(h, x), empty_like_none(a, x), empty_like_none(y, x)
 
 
 def _backward_fake(
@@ -122,12 +139,13 @@ def experts_backward(
     )
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
     x, routing_weights, gate_up_proj, down_proj, offsets, gather, scatter, options, save_h, _ = inputs
-    ctx.mark_non_differentiable(*output[1:])
+    ctx.mark_non_differentiable(*(t for t in output[1:] if t is not None))
     ctx.set_materialize_grads(False)  # h, a and y get no gradient: no zeros of their size
     ctx.options, ctx.saved_h, ctx.spent = options, save_h, False
-    ctx.save_for_backward(x, routing_weights, gate_up_proj, down_proj, output[1], offsets, gather, scatter)
+    h = empty_like_none(output[1], x)
+    ctx.save_for_backward(x, routing_weights, gate_up_proj, down_proj, h, offsets, gather, scatter)
 
 
 def _backward(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
@@ -143,13 +161,12 @@ def _backward(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, .
     ctx.spent = saved == "h_reused"
     x, routing_weights, gate_up_proj, down_proj, h, offsets, gather, scatter = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:4])
-    grads = experts_backward(
-        dout.contiguous(), x, routing_weights, gate_up_proj, down_proj, h, offsets, gather, scatter, ctx.options, needs
-    )
+    tensors = (dout.contiguous(), x, routing_weights, gate_up_proj, down_proj, h, offsets, gather, scatter)
+    grads = call(experts_backward, *tensors, ctx.options, needs)
     return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), *(None,) * 6)
 
 
-differentiate(experts_forward, _backward, _save)
+differentiate(experts_forward, _backward, _save, _experts_forward)
 differentiate(experts_backward, no_second_derivative)
 
 
@@ -205,6 +222,9 @@ def _check(
             raise ValueError(f"{name}: got {tuple(weight.shape)} {weight.dtype}; needed: {shape} {x.dtype}")
         if not weight.is_contiguous():
             raise ValueError(f"{name}: got strides {tuple(weight.stride())}; needed: a contiguous tensor")
+    for name, tensor in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj), ("plan", plan.gather_indices)):
+        if tensor.device != x.device:  # a launch takes addresses: Triton no longer asks whose they are
+            raise ValueError(f"{name}: on {tensor.device}; needed: x's device {x.device}")
     slots = (x.shape[0], options.top_k)
     if plan.top_k != options.top_k or plan.gather_indices.shape[0] != slots[0] * slots[1]:
         raise ValueError(f"plan: got {plan.gather_indices.shape[0]} rows of top_k {plan.top_k}; needed: {slots}")

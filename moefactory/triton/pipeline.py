@@ -49,26 +49,32 @@ class Pipeline:
     ) -> None:
         self.offsets, self.gather, self.scatter, self.options = offsets, gather, scatter, options
         self.weights = {"up": gate_up_proj, "down": down_proj}
-        self._tables: dict[int, TileTable] = {}
+        self.num_rows = gather.shape[0]
+        self._by_block: dict[int, Rows] = {}
 
     def _config(self, pass_name: str, gemm: str) -> KernelConfig:
         weight = self.weights[gemm]
-        rows = bucket(self.gather.shape[0], weight.shape[0])
+        shape = weight.shape
+        rows = bucket(self.num_rows, shape[0])
         aligned = weight.data_ptr() % 16 == 0
-        key = (pass_name, gemm, weight.shape, weight.dtype, rows, self.options.text, aligned)
+        key = (pass_name, gemm, shape, weight.dtype, rows, self.options.text, aligned)
         launch = _launches.get(key)
         if launch is None:
-            experts, n, k = weight.shape
+            experts, n, k = shape
             dtype = DType(str(weight.dtype).removeprefix("torch."))
             launch = _launches[key] = Launch(pass_name, gemm, experts, n, k, rows, dtype, self.options, aligned)
         return choose(launch, weight.device)[0]
 
     def _rows(self, block_m: int) -> Rows:
         """The rows with the tile table of this block size; two GEMMs of one block size share it."""
-        if block_m not in self._tables and self.gather.shape[0]:
-            self._tables[block_m] = tile_table(self.offsets, self.gather.shape[0], block_m)
-        empty = TileTable(self.offsets, self.offsets, self.offsets, 0)
-        return Rows(self.offsets, self.gather, self.options.top_k, self._tables.get(block_m, empty))
+        rows = self._by_block.get(block_m)
+        if rows is None:
+            table = tile_table(self.offsets, self.num_rows, block_m) if self.num_rows else self._no_table()
+            rows = self._by_block[block_m] = Rows(self.offsets, self.gather, self.options.top_k, table)
+        return rows
+
+    def _no_table(self) -> TileTable:
+        return TileTable(self.offsets, self.offsets, self.offsets, 0)
 
     def _take(self, rows: Tensor, divisor: int) -> Tensor:
         """A copy of `rows` in expert order: row gather // divisor."""
@@ -143,9 +149,7 @@ class Pipeline:
 
     def _rows_of_dW(self) -> Rows:
         """dW walks experts, not row tiles: no table."""
-        return Rows(
-            self.offsets, self.gather, self.options.top_k, TileTable(self.offsets, self.offsets, self.offsets, 0)
-        )
+        return Rows(self.offsets, self.gather, self.options.top_k, self._no_table())
 
     def dw_up(self, dh: Tensor, x: Tensor) -> Tensor:
         """dgate_up_proj [E,2I,H]."""

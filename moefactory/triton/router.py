@@ -210,7 +210,8 @@ def _backward(ctx: Any, dweights: Tensor | None, *_: None) -> tuple[Tensor | Non
     if dweights is None:
         return None, None, None
     saved, selected = ctx.saved_tensors
-    return top_k_softmax_backward(dweights, saved, selected, ctx.num_experts, ctx.norm_topk_prob), None, None
+    dlogits = call(top_k_softmax_backward, dweights, saved, selected, ctx.num_experts, ctx.norm_topk_prob)
+    return dlogits, None, None
 
 
 differentiate(top_k_softmax, _backward, _save)

@@ -79,7 +79,7 @@ def rows_of_tile(tile, num_m, num_n, rows, BLOCK_M: tl.constexpr, GROUP_M: tl.co
     return expert, row0, row_end, slot
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class TileTable:
     """The row tiles of one block size."""
 

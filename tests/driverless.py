@@ -1,0 +1,239 @@
+"""Triton's own launchers without a GPU: compiled kernels, launched over a CUDA driver that only notes what it is given.
+
+``python tests/driverless.py FOLDER`` prints {case: what was found} as JSON. Triton's interpreter has no launcher, so
+this is a process of its own, without TRITON_INTERPRET. The driver is some lines of C, compiled into FOLDER; tensors are
+on the CPU, and no kernel runs. What the package tells the driver is compared with what Triton tells it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+DRIVER = r"""
+#include <string.h>
+#include "cuda.h"
+int sizes[64], count, launches, encoded, length;
+unsigned char noted[16384];
+#define SAYS(name, ...) CUresult name(__VA_ARGS__)
+SAYS(cuGetErrorString, CUresult e, const char **s) { *s = "noted"; return 0; }
+SAYS(cuDriverGetVersion, int *v) { *v = 12080; return 0; }
+SAYS(cuCtxGetCurrent, CUcontext *c) { *c = (CUcontext)1; return 0; }
+SAYS(cuCtxSetCurrent, CUcontext c) { return 0; }
+SAYS(cuCtxGetLimit, size_t *v, CUlimit l) { *v = 1; return 0; }
+SAYS(cuCtxSetLimit, CUlimit l, size_t v) { return 0; }
+SAYS(cuDeviceGet, CUdevice *d, int i) { *d = i; return 0; }
+SAYS(cuDevicePrimaryCtxRetain, CUcontext *c, CUdevice d) { *c = (CUcontext)1; return 0; }
+SAYS(cuDeviceGetAttribute, int *v, CUdevice_attribute a, CUdevice d) { *v = 232448; return 0; }
+SAYS(cuModuleLoadData, CUmodule *m, const void *p) { *m = (CUmodule)1; return 0; }
+SAYS(cuModuleGetFunction, CUfunction *f, CUmodule m, const char *n) {
+  static size_t made = 0;
+  *f = (CUfunction)++made;
+  return 0;
+}
+SAYS(cuFuncGetAttribute, int *v, CUfunction_attribute a, CUfunction f) { *v = 1024; return 0; }
+SAYS(cuFuncSetAttribute, CUfunction f, CUfunction_attribute a, int v) { return 0; }
+SAYS(cuFuncSetCacheConfig, CUfunction f, CUfunc_cache c) { return 0; }
+SAYS(cuPointerGetAttribute, void *d, CUpointer_attribute a, CUdeviceptr p) { *(CUdeviceptr *)d = p; return 0; }
+SAYS(cuTensorMapEncodeTiled, CUtensorMap *map, CUtensorMapDataType type, cuuint32_t rank, void *address,
+     const cuuint64_t *sides, const cuuint64_t *strides, const cuuint32_t *box, const cuuint32_t *steps,
+     CUtensorMapInterleave i, CUtensorMapSwizzle swizzle, CUtensorMapL2promotion p, CUtensorMapFloatOOBfill fill) {
+  unsigned long long *word = (unsigned long long *)map;
+  memset(map, 0, sizeof *map);
+  word[0] = (unsigned long long)address;
+  word[1] = type + 256 * rank + 65536 * swizzle + 16777216 * fill;
+  for (unsigned d = 0; d < rank; d++) {
+    word[2 + d] = sides[d] + ((unsigned long long)box[d] << 40);
+    if (d + 1 < rank) word[8 + d] = strides[d];
+  }
+  encoded++;
+  return 0;
+}
+SAYS(cuLaunchKernelEx, const CUlaunchConfig *config, CUfunction f, void **arguments, void **extra) {
+  unsigned long long head[8] = {(unsigned long long)f, (unsigned long long)config->hStream, config->gridDimX,
+                                config->gridDimY, config->gridDimZ, config->blockDimX, config->sharedMemBytes,
+                                config->numAttrs};
+  memcpy(noted, head, sizeof head);
+  length = sizeof head;
+  for (int i = 0; i < count; length += sizes[i++]) memcpy(noted + length, arguments[i], sizes[i]);
+  launches++;
+  return 0;
+}
+"""
+STREAM = 77  # a handle that nobody guesses
+
+
+def build(folder: Path) -> None:
+    """Compile the driver and let Triton find it; the process must be started anew to load it."""
+    import triton.backends.nvidia
+
+    include = Path(triton.backends.nvidia.__file__).parent / "include"
+    (folder / "driver.c").write_text(DRIVER)
+    library = folder / "libcuda.so.1"
+    command = ["cc", "-shared", "-fPIC", "-w", f"-I{include}", str(folder / "driver.c"), "-o", str(library)]
+    subprocess.run(command, check=True)
+
+
+class Driver:
+    """The driver that notes."""
+
+    def __init__(self, folder: Path) -> None:
+        import torch
+        from triton.backends.nvidia.driver import CudaDriver
+        from triton.runtime import driver
+
+        self._library = ctypes.CDLL(str(folder / "libcuda.so.1"), mode=ctypes.RTLD_GLOBAL)
+        torch.cuda.current_device = lambda: 0
+        torch.cuda.get_device_capability = lambda *device: (9, 0)  # type: ignore[assignment]
+        active = CudaDriver()
+        active.get_current_device = lambda: 0
+        active.get_current_stream = lambda device: STREAM
+        driver.set_active(active)
+        from moefactory.triton import launch
+
+        launch.current_stream = lambda device: STREAM
+
+    def number(self, name: str) -> int:
+        """How many launches, or tensor maps encoded, there were."""
+        return ctypes.c_int.in_dll(self._library, name).value
+
+    def expect(self, signature: dict[str, str] | None) -> None:
+        """Say what the next kernels' parameters are: how many bytes of each to note. None: note none."""
+        ctypes.c_int.in_dll(self._library, "count").value = 0
+        if signature is None:
+            return
+        sizes = []
+        for kind in signature.values():
+            if kind.startswith("tensordesc"):
+                rank = re.search(r"\[([^]]*)\]", kind)[1].count(",") + 1  # type: ignore[index]
+                sizes += [128, *[4] * rank, *[8] * rank]
+            elif kind != "constexpr":
+                sizes.append(8 if kind[0] == "*" else int(kind[1:]) // 8)
+        sizes += [8, 8]  # Triton's two scratch buffers
+        (ctypes.c_int * 64).in_dll(self._library, "sizes")[: len(sizes)] = sizes
+        ctypes.c_int.in_dll(self._library, "count").value = len(sizes)
+
+    def noted(self) -> bytes:
+        """Function, stream, grid, block, shared memory and the parameters of the last launch."""
+        return bytes((ctypes.c_ubyte * self.number("length")).in_dll(self._library, "noted"))
+
+
+def _step(**options: Any) -> list[str]:
+    """A forward and a backward of the experts; the names of what was launched."""
+    import fused
+    import torch
+
+    from moefactory.triton.launch import record_launches
+    from moefactory.triton.ops import compute_experts
+
+    p = fused.problem(fused.Shape(24, 4, 2, 64, 32), torch.bfloat16)
+    leaves = [t.clone().requires_grad_() for t in p.leaves]
+    flags = {name: options.pop(name, True) for name in fused.FLAGS}
+    with record_launches() as names:
+        out, _ = compute_experts(leaves[0], leaves[1], p.plan, *leaves[2:], fused.options(flags, 2, **options))
+        out.backward(p.dy)
+    return names
+
+
+def same_parameters(driver: Driver) -> dict[str, bool]:
+    """{launch: whether the driver is told what Triton tells it}, each looked at once its kernel is known."""
+    import fused
+
+    from moefactory.triton import activation, backward_dW, backward_dX, combine, gather, launch, schedule
+
+    found: dict[str, bool] = {}
+    real = launch.launch
+    options: dict[str, Any] = {}
+
+    def comparing(name: str, kernel: Any, grid: Any, *args: Any, **meta: Any) -> None:
+        real(name, kernel, grid, *args, **meta)
+        compiled = kernel[grid](*args, **meta)
+        driver.expect(compiled.src.signature)
+        kernel[grid](*args, **meta)
+        told = driver.noted()
+        before = driver.number("launches")
+        real(name, kernel, grid, *args, **meta)
+        same = driver.noted() == told and driver.number("launches") == before + 1
+        direct = all(known.direct is not None for known in launch._compiled.values())
+        found[name] = found.get(name, True) and same and direct
+        driver.expect(None)
+
+    from moefactory.triton import forward
+
+    users = (activation, backward_dW, backward_dX, combine, forward, gather, schedule)
+    for user in users:
+        user.launch = comparing  # type: ignore[attr-defined]
+    for flags in (fused.COMBINATIONS[0], fused.COMBINATIONS[-1]):
+        options = {**flags, "kernels": fused.tma_kernels(flags)}
+        _step(**options)
+    for user in users:
+        user.launch = real  # type: ignore[attr-defined]
+    return found
+
+
+def descriptors(driver: Driver) -> dict[str, int]:
+    """How many tensor maps are encoded for a descriptor, for it again, for other sides and for another address."""
+    import torch
+    import triton
+    import triton.language as tl
+
+    from moefactory.triton.launch import descriptor, launch
+
+    @triton.jit
+    def copy(desc, out, BLOCK: tl.constexpr):
+        tl.store(out + tl.arange(0, BLOCK), tl.reshape(desc.load([0, 0]), (BLOCK,)))
+
+    memory, out = torch.zeros(4096).half(), torch.zeros(64 * 64).half()
+    wide, narrow, later = memory.view(64, 64), memory.view(128, 32), memory[2048:].view(32, 64)
+    launch("copy", copy, (1,), descriptor(wide, [16, 16]), out, BLOCK=256)
+    found = {}
+    for name, tensor in (("first", wide), ("again", wide), ("sides", narrow), ("address", later), ("all", wide)):
+        before = driver.number("encoded")
+        launch("copy", copy, (1,), descriptor(tensor, [16, 16]), out, BLOCK=256)
+        found[name] = driver.number("encoded") - before
+    return found
+
+
+def hooks(driver: Driver) -> dict[str, Any]:
+    """What Triton's hooks hear of a step, and what `record_launches` does."""
+    from triton import knobs
+
+    heard: list[str] = []
+    names = _step()
+    knobs.runtime.launch_enter_hook.add(lambda metadata: heard.append(metadata.get()["name"]))
+    try:
+        again = _step()
+    finally:
+        knobs.runtime.launch_enter_hook.calls.clear()
+    return {"names": names, "again": again, "heard": heard}
+
+
+CASES: dict[str, Callable[[Driver], Any]] = {
+    "same parameters": same_parameters,
+    "descriptors": descriptors,
+    "hooks": hooks,
+}
+
+
+def main() -> None:
+    """Build the driver, start anew with it, and print what each case finds."""
+    folder = Path(sys.argv[1])
+    if not (folder / "libcuda.so.1").exists():
+        build(folder)
+        paths = {name: str(folder) for name in ("LD_LIBRARY_PATH", "TRITON_LIBCUDA_PATH", "MOEFACTORY_CACHE")}
+        environment = {**os.environ, **paths, "TRITON_CACHE_DIR": str(folder / "triton")}
+        environment.pop("TRITON_INTERPRET", None)
+        os.execve(sys.executable, [sys.executable, *sys.argv], environment)
+    driver = Driver(folder)
+    print(json.dumps({name: case(driver) for name, case in CASES.items()}))
+
+
+if __name__ == "__main__":
+    main()

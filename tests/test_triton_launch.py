@@ -1,0 +1,71 @@
+"""Launching: the driver is told what Triton tells it, descriptors are encoded once, profilers still hear of everything.
+
+The launchers are Triton's own, over a driver that does nothing (`driverless`): no GPU is needed.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from typing import Any
+
+import driverless
+import pytest
+import torch
+from fused import DEVICE
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from moefactory.triton.launch import checked_once, descriptor
+
+no_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="Triton's launchers are compiled: needs cc")
+
+
+@pytest.fixture(scope="session")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """{case of `driverless`: what it found}."""
+    command = [sys.executable, driverless.__file__, str(tmp_path_factory.mktemp("driver"))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    cases: dict[str, Any] = json.loads(done.stdout)
+    return cases
+
+
+@pytest.mark.interpreter
+@no_compiler
+def test_the_driver_is_told_what_triton_tells_it(found: dict[str, Any]) -> None:
+    """Function, stream, grid, block, shared memory and every parameter, byte for byte, tensor maps among them."""
+    kernels = {"tile_table", "forward_up", "forward", "combine", "dX_dswiglu", "dX", "dW", "gather_rows"}
+    assert set(found["same parameters"]) == kernels | {"swiglu_forward", "swiglu_backward"}
+    assert all(found["same parameters"].values()), found["same parameters"]
+
+
+@pytest.mark.interpreter
+@no_compiler
+def test_a_descriptor_is_encoded_once(found: dict[str, Any]) -> None:
+    """The same tensor's map is kept; another shape at the same address, or another address, has its own."""
+    assert found["descriptors"] == {"first": 1, "again": 0, "sides": 1, "address": 1, "all": 0}
+
+
+@pytest.mark.interpreter
+@no_compiler
+def test_hooks_hear_of_every_launch(found: dict[str, Any]) -> None:
+    """A profiler's hook set later is called for kernels that were launched before, and names are recorded as ever."""
+    names, heard = found["hooks"]["names"], found["hooks"]["heard"]
+    assert found["hooks"]["again"] == names
+    assert len(heard) == len(names) > 0
+    assert [heard[0], heard[1], heard[3]] == ["_tile_table", "_grouped_forward", "_combine"]
+
+
+def test_a_descriptor_is_checked_where_its_shape_is_new() -> None:
+    """Triton's checks hold for a shape, whatever the address; the address is checked each time."""
+    memory = torch.zeros(4096, device=DEVICE).half()
+    first, second = (descriptor(memory[start:][:1024].view(32, 32), [16, 16]) for start in (0, 2048))
+    assert second == TensorDescriptor(second.base, second.shape, second.strides, [16, 16])
+    assert second.base.data_ptr() - first.base.data_ptr() == 4096
+    with pytest.raises(ValueError, match="multiple of 16 bytes"):
+        descriptor(memory[1:][:1024].view(32, 32), [16, 16])
+    for _ in range(2):
+        with pytest.raises(AssertionError, match="strides must be 16-byte aligned"):
+            checked_once(TensorDescriptor, memory, [32, 30], [30, 1], [16, 16])

@@ -1,0 +1,217 @@
+"""Tapes of calls: what is played gives the bits of what was written, for other tensors, and only where it may.
+
+The calls here launch Python functions in place of kernels; they read and write memory at the addresses that they get.
+That the package's own calls repeat bit for bit is asserted for all flags below, which on a GPU plays tapes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator
+from itertools import product
+from threading import get_ident
+from typing import Any
+
+import fused
+import judge
+import pytest
+import torch
+from fused import COMBINATIONS, DEVICE, GPU, Shape, differing, flag_id, options
+from torch import Tensor
+
+from moefactory.block import Qwen3MoeFusedGroupedGEMMBlock
+from moefactory.config import ResolvedModel
+from moefactory.triton import launch, lookup, replay, tape
+from moefactory.triton.direct import Direct
+from moefactory.triton.replay import replayed
+
+SIZE = 24
+
+
+@pytest.fixture(autouse=True)
+def _surroundings() -> Iterator[None]:
+    with fused.surroundings():
+        yield
+
+
+def add(x: int, y: int, z: int, stream: int, args: Any) -> None:
+    """The kernel: out = a + b, float32, at three addresses."""
+    a, b, out, count, _ = args
+    floats = ctypes.c_float * count
+    left, right, into = (floats.from_address(address) for address in (a, b, out))
+    for i in range(count):
+        into[i] = left[i] + right[i]
+
+
+ADD = Direct(add, (), True, ("a constexpr",), ())
+
+
+def run(name: str, direct: Direct | None, *args: Any) -> None:
+    """What `launch` does of it."""
+    if watcher := launch._watchers.get(get_ident()):
+        watcher(name, direct, (1,), args)
+    values = [arg.data_ptr() if isinstance(arg, Tensor) else arg for arg in args]
+    ADD.run((1, 1, 1), 0, values)
+
+
+Call = Callable[..., Any]
+
+
+@pytest.fixture
+def playing(monkeypatch: pytest.MonkeyPatch) -> Callable[[Call], tuple[Call, list[int]]]:
+    """Turns a function into (the replayed function, a list that grows whenever the function itself runs)."""
+    monkeypatch.setattr(replay, "interpreting", lambda: False)
+    monkeypatch.setattr(tape, "current_stream", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+
+    def of(function: Call) -> tuple[Call, list[int]]:
+        ran: list[int] = []
+
+        def counted(*args: Any) -> Any:
+            ran.append(1)
+            return function(*args)
+
+        return replayed(counted), ran
+
+    return of
+
+
+def sums(a: Tensor, b: Tensor, scale: float) -> tuple[Tensor, None, Tensor]:
+    """(2a + 2b scaled, None, a view of it), by scratch, an operator of torch, a view and memory in the middle."""
+    first, out = torch.empty_like(a), torch.empty(2 * SIZE)
+    run("first", ADD, a, b, first, SIZE)
+    scaled = first * scale
+    run("low", ADD, scaled, scaled, out, SIZE)
+    run("high", ADD, first, scaled, out[SIZE:], SIZE)
+    return out, None, out.view(2, SIZE)
+
+
+def pair(seed: int) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(SIZE, generator=g), torch.randn(SIZE, generator=g)
+
+
+@pytest.mark.interpreter
+def test_a_tape_gives_the_bits_of_the_call(playing: Any) -> None:
+    """From the third call on the function is not run, for whatever tensors, and names are recorded as ever."""
+    played, ran = playing(sums)
+    kept = []
+    for seed in range(6):
+        a, b = pair(seed)
+        with launch.record_launches() as names:
+            got = played(a, b, 3.0)
+        kept.append((a, b, got))  # no memory is used twice
+        assert names == (["first", "low", "high"] if seed > 1 else [])  # `run` names nothing itself
+        for a, b, (out, nothing, view) in kept:
+            first = a + b
+            assert torch.equal(out, torch.cat([first * 3 + first * 3, first + first * 3]))
+            assert nothing is None
+            assert view.data_ptr() == out.data_ptr()
+            assert view.shape == (2, SIZE)
+    assert len(ran) == 2
+
+
+@pytest.mark.interpreter
+def test_each_kind_has_a_tape_of_its_own(playing: Any) -> None:
+    """Another flag, another shape, another dtype, another alignment."""
+    played, ran = playing(lambda a, flag: a * (2.0 if flag else 3.0))
+    memory = torch.ones(64)
+    kinds = [(memory, True), (memory, False), (memory[:32], True), (memory.double(), True), (memory[1:33], True)]
+    for _ in range(4):
+        for tensor, flag in kinds:
+            assert torch.equal(played(tensor, flag), tensor * (2.0 if flag else 3.0))
+    assert len(ran) == 2 * 4 + 4  # what is not aligned is not played
+
+
+@pytest.mark.interpreter
+def test_news_are_heard(playing: Any) -> None:
+    """After a search, or when memories are dropped, the function runs again; so it does under a hook of Triton's."""
+    from triton import knobs
+
+    played, ran = playing(sums)
+    a, b = pair(0)
+    for _ in range(4):
+        played(a, b, 2.0)
+    lookup.forget()
+    played(a, b, 2.0)
+    assert len(ran) == 3
+    for _ in range(3):
+        played(a, b, 2.0)
+    assert len(ran) == 4
+    knobs.runtime.launch_exit_hook.add(print)
+    try:
+        played(a, b, 2.0)
+    finally:
+        knobs.runtime.launch_exit_hook.remove(print)
+    assert len(ran) == 5
+
+
+def _of_a_list(a: Tensor, b: Tensor) -> Tensor:
+    return torch.cat([a, b])
+
+
+def _of_somebody_else(a: Tensor, b: Tensor) -> Tensor:
+    out = torch.empty_like(a)
+    run("somebody's", ADD, a, SOMEBODY, out, SIZE)
+    return out
+
+
+def _another_way(a: Tensor, b: Tensor) -> Tensor:
+    out = torch.empty_like(a)
+    run("another way", None, a, b, out, SIZE)
+    return out
+
+
+SOMEBODY = torch.ones(SIZE)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("function", [_of_a_list, _of_somebody_else, _another_way])
+def test_what_is_not_understood_is_not_played(playing: Any, function: Call) -> None:
+    """An operator of a list of tensors, memory that is nobody's argument, a launch that went Triton's way."""
+    played, ran = playing(function)
+    for seed in range(4):
+        assert torch.equal(played(*pair(seed)), function(*pair(seed)))
+    assert len(ran) == 4
+
+
+@pytest.mark.interpreter
+def test_arguments_that_share_memory_make_no_tape(playing: Any) -> None:
+    """Which of the two a kernel was given could not be told."""
+    played, ran = playing(sums)
+    a, b = pair(0)
+    for _ in range(3):
+        played(a, a, 2.0)
+    assert len(ran) == 3
+    assert torch.equal(played(a, b, 2.0)[0], sums(a, b, 2.0)[0])
+
+
+EVERYTHING = product(COMBINATIONS, ("h", "h_reused", "x"))
+STEPS = list(EVERYTHING) if GPU else [(COMBINATIONS[0], "h_reused"), (COMBINATIONS[9], "x")]  # slow when interpreted
+
+
+@pytest.mark.parametrize(("flags", "saved"), STEPS, ids=lambda v: v if isinstance(v, str) else flag_id(v))
+def test_a_step_repeats_bit_for_bit(flags: dict[str, bool], saved: str) -> None:
+    """Steps on fresh tensors: written out, recorded, then played on a GPU."""
+    p = fused.problem(Shape(40, 5, 2, 64, 32), torch.float32)
+    o = options(flags, 2, saved=saved)
+    first, *others = [fused.run(p, o) for _ in range(5 if GPU else 3)]
+    assert [differing(first, other) for other in others] == [[]] * len(others)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 64, 256, 1024])
+@pytest.mark.parametrize("flags", COMBINATIONS, ids=flag_id)
+def test_a_block_repeats_bit_for_bit(flags: dict[str, bool], tokens: int) -> None:
+    """The shipped kernels in bfloat16, warp-specialised where there are many rows: steps, and forwards without grad."""
+    model = ResolvedModel(256, 128, 8, 2, True, "silu")
+    weights = judge.unit_weights(model, torch.bfloat16)
+    block = Qwen3MoeFusedGroupedGEMMBlock(model, *(weights[name].to(DEVICE) for name in judge.WEIGHTS), **flags)
+    x, dy = (t.to(DEVICE) for t in judge.data(tokens, model, torch.bfloat16))
+    steps = [judge.run_block(block, x.clone(), dy.clone()) for _ in range(5)]
+    assert [differing(steps[0], other) for other in steps[1:]] == [[]] * 4
+    with torch.no_grad():
+        outs = [block(x.clone())[0] for _ in range(5)]
+    assert all(torch.equal(out, steps[0]["hidden_states"].view_as(out)) for out in outs)
+    names = {type(kept).__name__ for kept in replay._tapes.values()}
+    assert names == {"Tape"}  # nothing that could not be recorded
