@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from itertools import product
 from statistics import median
 
 import torch
@@ -28,8 +29,8 @@ ROUNDS, ROUND_MS = 5, 8.0
 FORWARD = KernelConfigForward(128, 256, 64, 8, 4, warp_specialize=True)
 DX = KernelConfigBackward_dX(128, 64, 256, 8, 4, warp_specialize=True)
 DW = {
-    "x wide": KernelConfigBackward_dW(64, 128, 256, 8, 3, warp_specialize=True),
-    "x narrow": KernelConfigBackward_dW(64, 256, 128, 8, 3, warp_specialize=True),
+    "x wide": KernelConfigBackward_dW(64, 128, 256, 8, 4, warp_specialize=True),
+    "x narrow": KernelConfigBackward_dW(64, 256, 128, 8, 4, warp_specialize=True),
 }
 Cases = dict[str, Callable[[], object]]
 
@@ -143,7 +144,7 @@ def families(name: str, tokens: int) -> dict[str, tuple[Callable[[], object], Ca
 
 def main() -> None:
     found = []
-    for name, tokens in (("qwen3_30b_a3b", 16384), ("qwen3_30b_a3b", 4096)):
+    for name, tokens in product(("qwen3_30b_a3b", "qwen3_235b_a22b"), (16384, 4096)):
         for gemm, (dense, variants) in families(name, tokens).items():
             times = taking_turns({"dense": dense, **variants})
             dense_ms = times.pop("dense")

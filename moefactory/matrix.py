@@ -182,8 +182,7 @@ def _specialized_rows() -> Iterator[Overrides]:
             yield (*alone, *sum(chosen, ()))
         if pass_name == "bwd_dW":
             yield (*alone, "moe.dtype=bfloat16", *tiles[0], f"moe.kernels.{pass_name}.{gemm}.gather_first=true")
-    stages = {"fwd": 4, "bwd_dX": 4, "bwd_dW": 2}
-    every = [(*_specialized(p, SPECIALIZED_TILES[p][0]), f"moe.kernels.{p}.num_stages={n}") for p, n in stages.items()]
+    every = [(*_specialized(p, tiles[0]), f"moe.kernels.{p}.num_stages=4") for p, tiles in SPECIALIZED_TILES.items()]
     switches = [_flag(name, False, True) for name in ("permute_x", "permute_y", "fuse_swiglu", "fuse_combine")]
     for chosen in product(*switches):
         yield (*_EXPLICIT, *_MANY_ROWS, *_WHOLE, "moe.dtype=bfloat16", *sum(every, ()), *sum(chosen, ()))

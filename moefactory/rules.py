@@ -35,6 +35,7 @@ SPECIALIZED_TILES = {  # (block_m, block_n, block_k) of the warp-specialised ker
     "bwd_dX": ((128, 64, 256),),
     "bwd_dW": ((64, 128, 256), (64, 256, 128)),
 }
+SPECIALIZED_STAGES = (3, 4)
 TRITON_ACTIVATIONS = ("silu",)
 
 
@@ -169,11 +170,14 @@ def _specialized(case: Case) -> str | None:
             return f"{key}.warp_specialize=true in {case.dtype.name}"
         pass_name = key.split(".")[1]
         tile = config.block_m, config.block_n, config.block_k
-        stages = range(2, 4) if pass_name == "bwd_dW" else range(3, 5)
         flags = [f for f in ("flatten", *tma_flags(config)) if getattr(config, f)]
         if flags:
             return f"{key}.warp_specialize=true with {flags[0]}=true"
-        if tile not in SPECIALIZED_TILES[pass_name] or config.num_warps != 8 or config.num_stages not in stages:
+        if (
+            tile not in SPECIALIZED_TILES[pass_name]
+            or config.num_warps != 8
+            or config.num_stages not in SPECIALIZED_STAGES
+        ):
             stated = f"tile {'x'.join(map(str, tile))}, num_warps={config.num_warps}, num_stages={config.num_stages}"
             return f"{key}.warp_specialize=true with {stated}"
         return None
@@ -204,11 +208,14 @@ def _alignment(case: Case) -> str | None:
 
 
 def shared_memory(pass_name: str, config: KernelConfig, dtype: DType) -> int:
-    """Bytes of shared memory that a program's buffers take: stages times both tiles, and what is staged apart."""
+    """Bytes of shared memory that a program's buffers take: stages times both tiles, and half a result's, staged apart.
+
+    The last in the warp-specialised kernels only; a stage and that half are also what dA takes on its way to dSwiGLU.
+    """
     m, n, k = config.block_m, config.block_n, config.block_k
     elements = {"fwd": m * k + n * k, "bwd_dX": m * n + n * k, "bwd_dW": m * n + m * k}[pass_name]
-    staged = n * k if pass_name == "bwd_dW" and config.warp_specialize else 0
-    return (config.num_stages * elements + staged) * dtype.itemsize
+    result = {"fwd": m * n, "bwd_dX": m * k, "bwd_dW": n * k}[pass_name]
+    return (config.num_stages * elements + (result // 2 if config.warp_specialize else 0)) * dtype.itemsize
 
 
 def _shared_memory(case: Case) -> str | None:
@@ -268,8 +275,7 @@ def _seed(case: Case) -> str | None:
 def _tiles_in_words() -> str:
     """The tiles and stages of the specialised kernels, for a message."""
     words = {p: " or ".join("x".join(map(str, tile)) for tile in tiles) for p, tiles in SPECIALIZED_TILES.items()}
-    rows = f"{words['fwd']} (fwd) or {words['bwd_dX']} (bwd_dX) with num_stages 3 or 4"
-    return f"{rows}, {words['bwd_dW']} (bwd_dW) with num_stages 2 or 3"
+    return f"{', '.join(f'{tiles} ({p})' for p, tiles in words.items())} with num_stages 3 or 4"
 
 
 _KERNEL_KEYS = tuple(f"kernels.{p}.{g}" for p in PASSES for g in GEMMS)

@@ -108,11 +108,10 @@ def specialized_kernels(*, swapped: bool = False) -> Kernels:
     `swapped` gives each dW the tile of the other, and every ring its fewest stages.
     """
     rows: dict[str, Any] = {"num_warps": 8, "num_stages": 3 if swapped else 4, "warp_specialize": True}
-    columns: dict[str, Any] = {**rows, "num_stages": 2 if swapped else 3}
     fwd = KernelConfigForward(block_m=128, block_n=256, block_k=64, **rows)
     dX = KernelConfigBackward_dX(block_m=128, block_n=64, block_k=256, **rows)
-    wide = KernelConfigBackward_dW(block_m=64, block_n=256, block_k=128, **columns)
-    tall = KernelConfigBackward_dW(block_m=64, block_n=128, block_k=256, **columns)
+    wide = KernelConfigBackward_dW(block_m=64, block_n=256, block_k=128, **rows)
+    tall = KernelConfigBackward_dW(block_m=64, block_n=128, block_k=256, **rows)
     up, down = (tall, wide) if swapped else (wide, tall)  # the operand behind an index takes the narrow side
     return (
         ("fwd", "up", fwd), ("fwd", "down", fwd), ("bwd_dX", "up", dX), ("bwd_dX", "down", dX),

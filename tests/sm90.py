@@ -19,8 +19,8 @@ from typing import Any
 TILES: dict[str, dict[str, int]] = {
     "fwd": {"block_m": 128, "block_n": 256, "block_k": 64, "num_warps": 8, "num_stages": 4},
     "dX": {"block_m": 128, "block_n": 64, "block_k": 256, "num_warps": 8, "num_stages": 4},
-    "dW 128x256": {"block_m": 64, "block_n": 128, "block_k": 256, "num_warps": 8, "num_stages": 3},
-    "dW 256x128": {"block_m": 64, "block_n": 256, "block_k": 128, "num_warps": 8, "num_stages": 3},
+    "dW 128x256": {"block_m": 64, "block_n": 128, "block_k": 256, "num_warps": 8, "num_stages": 4},
+    "dW 256x128": {"block_m": 64, "block_n": 256, "block_k": 128, "num_warps": 8, "num_stages": 4},
 }
 SIZES = {"whole": (512, 256), "eights": (72, 40)}  # (hidden, intermediate): whole tiles; of 8 elements, not of 16
 ROWS, TOP_K, EXPERTS = 96, 2, 4
@@ -110,7 +110,14 @@ def _recorded(variant: Variant) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     import torch
 
     from moefactory import config
-    from moefactory.triton import backward_dW, backward_dX, forward, specialized_dW, specialized_rows
+    from moefactory.triton import (
+        backward_dW,
+        backward_dX,
+        forward,
+        specialized_dswiglu,
+        specialized_dW,
+        specialized_rows,
+    )
     from moefactory.triton.schedule import TileTable
 
     launched: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
@@ -118,7 +125,7 @@ def _recorded(variant: Variant) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     def record(name: str, kernel: Any, grid: Any, *args: Any, **meta: Any) -> None:
         launched.append((kernel, args, meta))
 
-    specialized_rows.launch = specialized_dW.launch = record  # type: ignore[attr-defined]
+    specialized_rows.launch = specialized_dswiglu.launch = specialized_dW.launch = record  # type: ignore[attr-defined]
     dtype = getattr(torch, variant.dtype)
 
     def index(size: int) -> Any:

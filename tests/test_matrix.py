@@ -187,7 +187,7 @@ def _specialized(rows: Rows, configs: dict[str, Flat], needed: Holders) -> Itera
         if pass_name == "bwd_dW":
             config = {**specialized(node, tiles[0]), **ragged, "dtype": "bfloat16", GATHER.format(gemm): True}
             wanted["specialized", node, "gather_first"] = config
-    nodes = [("fwd", (128, 256, 64), 4), ("bwd_dX", (128, 64, 256), 4), ("bwd_dW", (64, 128, 256), 2)]
+    nodes = [("fwd", (128, 256, 64), 4), ("bwd_dX", (128, 64, 256), 4), ("bwd_dW", (64, 128, 256), 4)]
     six = {key: value for node, tile, stages in nodes for key, value in specialized(node, tile, stages).items()}
     six |= {"model.hidden_size": 256, "model.moe_intermediate_size": 128, "model.num_experts": 4, "dtype": "bfloat16"}
     names = ["permute_x", "permute_y", "fuse_swiglu", "fuse_combine"]

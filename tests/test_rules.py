@@ -52,10 +52,10 @@ TMA = {  # pass, GEMM, the operand's flag -> the permute flag that forbids it, f
     ("bwd_dW", "up", "use_tma_load_x"): "permute_x",
     ("bwd_dW", "down", "use_tma_load_dy"): "permute_y",
 }
-SPECIALIZED = {  # pass -> the tiles and the numbers of stages of its warp-specialised kernels
-    "fwd": ([(128, 256, 64)], {3, 4}),
-    "bwd_dX": ([(128, 64, 256)], {3, 4}),
-    "bwd_dW": ([(64, 128, 256), (64, 256, 128)], {2, 3}),
+SPECIALIZED = {  # pass -> the tiles of its warp-specialised kernels
+    "fwd": [(128, 256, 64)],
+    "bwd_dX": [(128, 64, 256)],
+    "bwd_dW": [(64, 128, 256), (64, 256, 128)],
 }
 
 
@@ -80,7 +80,7 @@ def case(*overrides: Mapping[str, Any]) -> Case:
 
 def specialized(node: str, **fields: Any) -> dict[str, Any]:
     """A legal config in bfloat16 with the warp-specialised kernel of a pass, or of one GEMM of it, but for `fields`."""
-    tile = SPECIALIZED[node.partition(".")[0]][0][0]
+    tile = SPECIALIZED[node.partition(".")[0]][0]
     sides = dict(zip(("block_m", "block_n", "block_k"), tile, strict=True))
     kernel = {"warp_specialize": True, "num_warps": 8, **sides, **fields}
     stated = {f"kernels.{node}.{name}": value for name, value in kernel.items()}
@@ -251,14 +251,14 @@ def test_specialized_tiles(pass_name: str) -> None:
         assert len({tuple(broken) for broken in found.values()}) == 1, found
         legal += [tile] if found[pass_name] == [] else []
         assert ("warp-specialize" in found[pass_name]) == (found[pass_name] != [])
-    assert legal == SPECIALIZED[pass_name][0]
+    assert legal == SPECIALIZED[pass_name]
 
 
 @pytest.mark.parametrize("pass_name", PASSES)
 @pytest.mark.parametrize(("name", "values"), [("num_stages", range(1, 9)), ("num_warps", (1, 2, 4, 8, 16))])
 def test_specialized_stages_and_warps(pass_name: str, name: str, values: Any) -> None:
     legal = {n for n in values if "warp-specialize" not in ids(case(specialized(pass_name, **{name: n})))}
-    assert legal == (SPECIALIZED[pass_name][1] if name == "num_stages" else {8})
+    assert legal == ({3, 4} if name == "num_stages" else {8})
     assert all(ids(case(specialized(pass_name, **{name: n}))) == [] for n in legal)
 
 
@@ -315,19 +315,14 @@ def test_specialized_kernels_need_aligned_rows(size: str) -> None:
 
 
 def test_specialized_shared_memory() -> None:
-    """dW stages its result apart from the operands; the others reuse theirs. The longest legal ring fits."""
-    for tile in SPECIALIZED["bwd_dW"][0]:
-        m, n, k = tile
-        plain = KernelConfigBackward_dW(m, n, k, num_warps=8, num_stages=3)
-        assert shared_memory("bwd_dW", plain, DType.bfloat16) == 3 * (64 * 128 + 64 * 256) * 2
-        special = replace(plain, warp_specialize=True)
-        assert shared_memory("bwd_dW", special, DType.bfloat16) == (3 * (64 * 128 + 64 * 256) + 128 * 256) * 2
-        assert shared_memory("bwd_dW", special, DType.bfloat16) <= MAX_SHARED_MEMORY
-        four = replace(special, num_stages=4)
-        assert shared_memory("bwd_dW", four, DType.bfloat16) > MAX_SHARED_MEMORY
-    for pass_name, tile in (("fwd", (128, 256, 64)), ("bwd_dX", (128, 64, 256))):
-        config = PASSES[pass_name](*tile, num_warps=8, num_stages=4, warp_specialize=True)
-        assert shared_memory(pass_name, config, DType.float16) == 4 * (128 * 64 + 64 * 256) * 2 <= MAX_SHARED_MEMORY
+    """A tile of 128 x 256 results, of which half is staged apart from the ring of operands. The longest ring fits."""
+    for pass_name, tile in ((p, tile) for p, tiles in SPECIALIZED.items() for tile in tiles):
+        for stages in (3, 4):
+            plain = PASSES[pass_name](*tile, num_warps=8, num_stages=stages)
+            ring = stages * (64 * 128 + 64 * 256) * 2
+            assert shared_memory(pass_name, plain, DType.bfloat16) == ring
+            special = replace(plain, warp_specialize=True)
+            assert shared_memory(pass_name, special, DType.float16) == ring + 128 * 128 * 2 <= MAX_SHARED_MEMORY
 
 
 # --- what is known, and in which process ------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ from moefactory.config import (
     ResolvedModel,
 )
 from moefactory.routing import RoutingPlan, make_plan
-from moefactory.triton import specialized_dW, specialized_rows
+from moefactory.triton import specialized_dswiglu, specialized_dW, specialized_rows
 from moefactory.triton.backward_dW import dW_gemm
 from moefactory.triton.backward_dX import dX_gemm, dX_gemm_dswiglu
 from moefactory.triton.choice import SPECIALIZED_ROWS, Launch, bucket, choose
@@ -251,7 +251,7 @@ def test_specialized_in_few_programs(flags: dict[str, bool], monkeypatch: pytest
         p, o = fused.problem(shape, torch.bfloat16), options(flags, shape.top_k, specialized_kernels())
         with fused.surroundings(), monkeypatch.context() as patch:
             many = fused.run(p, o)
-            for module in (specialized_rows, specialized_dW):
+            for module in (specialized_rows, specialized_dswiglu, specialized_dW):
                 patch.setattr(module, "num_programs", lambda device: 3)
             assert fused.differing(fused.run(p, o), many) == []
 

@@ -51,6 +51,7 @@ def _dswiglu_slice(da, ds_row, rows, col0, I, pointers, ACC: tl.constexpr):
     h_ptrs = h_ptr + row * (2 * I) + offs_i[None, :]
     gate = tl.load(h_ptrs, mask=mask, other=0.0).to(ACC)  # [BLOCK_M, columns of da]
     up = tl.load(h_ptrs + I, mask=mask, other=0.0).to(ACC)
+    da = da.to(OUT).to(ACC)  # rounded, as it is when the activation is a kernel of its own
     a = swiglu(gate, up)
     ds_row += tl.sum(tl.where(mask, da * a, 0.0), axis=1)
     dgate, dup = dswiglu(da * weight[:, None], gate, up)
@@ -235,7 +236,7 @@ def dX_gemm_dswiglu(
     scaled_a = torch.empty(m, i, dtype=dy.dtype, device=dy.device)
     ds = torch.empty(cdiv(i, config.block_k), m, dtype=wide, device=dy.device)
     if m and config.warp_specialize:
-        from .specialized_rows import specialized_dX_dswiglu
+        from .specialized_dswiglu import specialized_dX_dswiglu
 
         specialized_dX_dswiglu(dy, weight, h, routing_weights, rows, config, dh, scaled_a, ds, dy_divisor=dy_divisor)
     elif m:

@@ -169,10 +169,9 @@ def _gpu_tiles(launch: Launch, capability: int) -> dict[str, Any]:
 
 def _specialized(launch: Launch) -> dict[str, Any]:
     """The warp-specialised kernel; in dW the operand that is reached through an index takes the narrow side."""
-    dW = launch.pass_name == "bwd_dW"
-    tile = SPECIALIZED_TILES[launch.pass_name][dW and launch.gemm == "up"]
+    tile = SPECIALIZED_TILES[launch.pass_name][launch.pass_name == "bwd_dW" and launch.gemm == "up"]
     sides = dict(zip(("block_m", "block_n", "block_k"), tile, strict=True))
-    return {**sides, "num_stages": 3 if dW else 4, "num_warps": 8, "warp_specialize": True}
+    return {**sides, "num_stages": 4, "num_warps": 8, "warp_specialize": True}
 
 
 def _tma_loads(launch: Launch, capability: int) -> dict[str, Any]:

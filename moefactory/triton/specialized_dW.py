@@ -6,8 +6,8 @@ that comes row by row with cp.async, the wide one (q) by TMA: a gather on the wi
 is the narrow one, the tile is computed transposed and turned on its way to the store (X_NARROW).
 
 Behind an expert's end both operands read as zeros (by a ragged descriptor, by a mask), so 0 * NaN of a neighbour cannot
-arise. The result is staged apart from the ring: with few rows an expert, a tile's store and the next tile's products
-take equally long, and run side by side.
+arise. As in `specialized_rows`, a finished tile is rounded, kept in registers and stored in two halves under the first
+products of the next one: with few rows an expert, a tile's store takes as long as its products.
 """
 
 from __future__ import annotations
@@ -27,22 +27,31 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .launch import cdiv, launch, num_programs
-from .specialized import RAGGED, WARPS, descriptor, phase, ragged, tile_of
+from .specialized import RAGGED, WARPS, descriptor, phase, ragged, split_columns, tile_of
 
 if TYPE_CHECKING:
     from ..config import KernelConfigBackward_dW
     from .forward import Rows
 
 GROUP = 8
+LEAST = gl.constexpr(3)  # products of a tile, so that two halves of the one before are stored under every other
 
 
 @gluon.jit
 def _place(tile, tiles, num_p, num_q, offsets_ptr, GROUP: gl.constexpr):
-    """(expert, its first row, its end, narrow tile, wide tile); past the last tile, those of the last."""
-    tile = gl.minimum(tile, tiles - 1)
-    expert = tile // (num_p * num_q)
-    tile_p, tile_q = tile_of(tile % (num_p * num_q), num_p, num_q, GROUP)
-    return expert, gl.load(offsets_ptr + expert), gl.load(offsets_ptr + expert + 1), tile_p, tile_q
+    """(expert, its first row, its end, narrow tile, wide tile); past the last tile those of the last, without rows."""
+    last = gl.minimum(tile, tiles - 1)
+    expert = last // (num_p * num_q)
+    tile_p, tile_q = tile_of(last % (num_p * num_q), num_p, num_q, GROUP)
+    start = gl.load(offsets_ptr + expert)
+    end = gl.load(offsets_ptr + expert + 1)
+    return expert, start, gl.where(tile < tiles, end, start), tile_p, tile_q
+
+
+@gluon.jit
+def _steps(start, end, BLOCK_M: gl.constexpr):
+    """How many products a tile takes: at least those under which the tile before it is stored."""
+    return gl.maximum(gl.cdiv(end - start, BLOCK_M), LEAST)
 
 
 @gluon.jit
@@ -97,18 +106,20 @@ def _producer(
     num_q = gl.cdiv(Q, BLOCK_Q)
     tiles = num_experts * num_p * num_q
     _, start, end, tile_p, tile_q = _place(gl.program_id(0), tiles, num_p, num_q, offsets_ptr, GROUP)
-    # slots are asked for two steps ahead: used at once, each step would wait for them
     p_slots = _slots(start + p_lane, end, gather_ptr, P_DIVISOR)
     q_slots = _slots(start + q_lane, end, gather_ptr, Q_DIVISOR)
     p_next = _slots(start + BLOCK_M + p_lane, end, gather_ptr, P_DIVISOR)
     q_next = _slots(start + BLOCK_M + q_lane, end, gather_ptr, Q_DIVISOR)
     step = 0
-    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+    for tile in range(gl.program_id(0), tiles + gl.num_programs(0), gl.num_programs(0)):
         following = tile + gl.num_programs(0)
         _, next_start, next_end, next_p, next_q = _place(following, tiles, num_p, num_q, offsets_ptr, GROUP)
-        # steps are counted: Triton (3.6, 3.7) takes a carried value whose only use is a loop's bound for invariant
-        for index in range(gl.cdiv(end - start, BLOCK_M)):
+        for index in range(_steps(start, end, BLOCK_M)):
             row = start + index * BLOCK_M
+            # slots are asked for two steps ahead and before anything else: used at once, or asked for after the
+            # copies, each step would wait for them
+            p_last = _slots(row + 2 * BLOCK_M + p_lane, end, gather_ptr, P_DIVISOR)
+            q_last = _slots(row + 2 * BLOCK_M + q_lane, end, gather_ptr, Q_DIVISOR)
             s = step % STAGES
             ready = full.index(s)
             p_stage, q_stage = p_stages.index(s), q_stages.index(s)
@@ -131,8 +142,7 @@ def _producer(
             if P_DIVISOR + Q_DIVISOR > 0:
                 async_copy.mbarrier_arrive(ready, increment_count=False)
             p_slots, q_slots = p_next, q_next
-            p_next = _slots(row + 2 * BLOCK_M + p_lane, end, gather_ptr, P_DIVISOR)
-            q_next = _slots(row + 2 * BLOCK_M + q_lane, end, gather_ptr, Q_DIVISOR)
+            p_next, q_next = p_last, q_last
             step += 1
         start, end, tile_p, tile_q = next_start, next_end, next_p, next_q
         p_slots = _slots(start + p_lane, end, gather_ptr, P_DIVISOR)
@@ -142,10 +152,28 @@ def _producer(
 
 
 @gluon.jit
+def _store_half(half, place, PART: gl.constexpr, dw_desc, out, X_NARROW: gl.constexpr):
+    """Half of a finished tile's wide columns, turned where they are the rows of the result."""
+    expert, row, col = place
+    SIDE: gl.constexpr = out.shape[0]  # both of them
+    tma.store_wait(0)  # of the half before
+    if X_NARROW:
+        out.store(half.permute((1, 0)))
+        row, col = col + PART * SIDE, row
+    else:
+        out.store(half)
+        col += PART * SIDE
+    fence_async_shared()
+    box = out._reinterpret(out.dtype, [1, SIDE, SIDE], dw_desc.layout)
+    tma.async_copy_shared_to_global(dw_desc, [expert, row, col], box)
+
+
+@gluon.jit
 def _consumer(dw_desc, tables, sizes, ring, out, GATHERED: gl.constexpr, X_NARROW: gl.constexpr, GROUP: gl.constexpr):
     offsets_ptr, _ = tables
     num_experts, P, Q = sizes
     p_stages, q_stages, full, empty = ring
+    DTYPE: gl.constexpr = p_stages.dtype
     STAGES: gl.constexpr = p_stages.shape[0]
     BLOCK_M: gl.constexpr = p_stages.shape[1]
     BLOCK_P: gl.constexpr = p_stages.shape[2]
@@ -155,34 +183,41 @@ def _consumer(dw_desc, tables, sizes, ring, out, GATHERED: gl.constexpr, X_NARRO
     num_q = gl.cdiv(Q, BLOCK_Q)
     tiles = num_experts * num_p * num_q
     expert, start, end, tile_p, tile_q = _place(gl.program_id(0), tiles, num_p, num_q, offsets_ptr, GROUP)
+    finished = split_columns(gl.zeros([BLOCK_P, BLOCK_Q], DTYPE, mma))
+    place = (num_experts, 0, 0)  # past the end of the result: in the first turn nothing is stored
     step = 0
-    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+    for tile in range(gl.program_id(0), tiles + gl.num_programs(0), gl.num_programs(0)):
         following = tile + gl.num_programs(0)
         next_expert, next_start, next_end, next_p, next_q = _place(following, tiles, num_p, num_q, offsets_ptr, GROUP)
         acc = gl.zeros([BLOCK_P, BLOCK_Q], gl.float32, mma)
-        for row in range(start, end, BLOCK_M):
+        for turn in gl.static_range(LEAST):
             s = step % STAGES
             mbarrier.wait(full.index(s), phase(step, STAGES))
             if GATHERED:
                 fence_async_shared()  # cp.async wrote through the generic proxy, the product reads through the other
+            p_stage = p_stages.index(s).permute((1, 0))
+            acc = warpgroup_mma(p_stage, q_stages.index(s), acc, use_acc=turn > 0, is_async=True)
+            if turn % 2 == 0:  # by then the half before has left `out`
+                _store_half(finished[turn // 2], place, turn // 2, dw_desc, out, X_NARROW)
+            acc = warpgroup_mma_wait(1, deps=(acc,))
+            if turn > 0:
+                mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
+            step += 1
+        # Triton (3.6, 3.7) takes a carried value whose only use is a loop's bound for invariant: `rest` is also added
+        rest = _steps(start, end, BLOCK_M) - LEAST
+        for index in range(rest):
+            s = (step + index) % STAGES
+            mbarrier.wait(full.index(s), phase(step + index, STAGES))
+            if GATHERED:
+                fence_async_shared()
             acc = warpgroup_mma(p_stages.index(s).permute((1, 0)), q_stages.index(s), acc, is_async=True)
             acc = warpgroup_mma_wait(1, deps=(acc,))
-            mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=row > start)
-            step += 1
+            mbarrier.arrive(empty.index((step + index + STAGES - 1) % STAGES), count=1)
+        step += rest
         acc = warpgroup_mma_wait(0, deps=(acc,))
-        mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=end > start)
-        tma.store_wait(0)  # of the tile before
-        result = acc.to(out.dtype)
-        if X_NARROW:
-            out.store(result.permute((1, 0)))
-            box = out._reinterpret(out.dtype, [1, BLOCK_Q, BLOCK_P], dw_desc.layout)
-            place = [expert, tile_q * BLOCK_Q, tile_p * BLOCK_P]
-        else:
-            out.store(result)
-            box = out._reinterpret(out.dtype, [1, BLOCK_P, BLOCK_Q], dw_desc.layout)
-            place = [expert, tile_p * BLOCK_P, tile_q * BLOCK_Q]
-        fence_async_shared()
-        tma.async_copy_shared_to_global(dw_desc, place, box)
+        mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
+        finished = split_columns(acc.to(DTYPE))
+        place = (expert, tile_p * BLOCK_P, tile_q * BLOCK_Q)
         expert, start, end, tile_p, tile_q = next_expert, next_start, next_end, next_p, next_q
     tma.store_wait(0)
 
@@ -214,13 +249,12 @@ def _specialized_dW(
 ):
     DTYPE: gl.constexpr = p_ptr.dtype.element_ty
     GATHERED: gl.constexpr = P_DIVISOR + Q_DIVISOR > 0
-    OUT: gl.constexpr = [BLOCK_Q, BLOCK_P] if X_NARROW else [BLOCK_P, BLOCK_Q]
     p_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, BLOCK_P], DTYPE)
     q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, BLOCK_Q], DTYPE)
-    out_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for(OUT, DTYPE)
+    out_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_P, BLOCK_P], DTYPE)
     p_stages = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_M, BLOCK_P], p_layout)
     q_stages = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_M, BLOCK_Q], q_layout)
-    out = gl.allocate_shared_memory(DTYPE, [OUT[0], OUT[1]], out_layout)
+    out = gl.allocate_shared_memory(DTYPE, [BLOCK_P, BLOCK_P], out_layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for s in gl.static_range(STAGES):
@@ -258,7 +292,7 @@ def specialized_dW(
     sides = (dy, n, config.block_n, dy_divisor), (x, k, config.block_k, x_divisor)
     x_narrow = config.block_k < config.block_n
     (p, p_size, p_block, p_divisor), (q, q_size, q_block, q_divisor) = sides[::-1] if x_narrow else sides
-    dw_desc = descriptor(dw, [1, config.block_n, config.block_k])
+    dw_desc = descriptor(dw, [1, p_block, p_block])  # a wide tile's half is as wide as a narrow one
     p_desc = dw_desc if p_divisor else ragged(p, [config.block_m, p_block])  # gathered rows take none
     q_desc = dw_desc if q_divisor else ragged(q, [config.block_m, q_block])
     tiles = experts * cdiv(n, config.block_n) * cdiv(k, config.block_k)
@@ -277,5 +311,5 @@ def specialized_dW(
         BLOCK_Q=q_block,
         STAGES=config.num_stages,
         GROUP=GROUP,
-        **WARPS,
+        **{**WARPS, "PRODUCER_REGISTERS": 72},  # two steps of slots on each side
     )

@@ -1,0 +1,274 @@
+"""dH, s * A and <dA, A> of dA = dO @ W in one kernel, warp-specialised: the equations of `activation`, fused.
+
+The activation's derivative reads and writes 2.5 times a tile of dA, which takes a quarter of the tile's products: too
+long to wait for, too large for the registers beside a sum of 128 x 256. So a third partition of 4 warps does it. The
+consumer rounds dA, as it is when the activation is a kernel of its own, hands it over in shared memory and multiplies
+the next tile; the epilogue's warps load H and store the results past it, straight from and to memory.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .launch import cdiv, launch, num_programs
+from .specialized import descriptor, phase, split_columns, tile_of
+from .specialized_rows import GROUP_M, make_ring, place_of, producer, steps_of
+
+if TYPE_CHECKING:
+    from ..config import KernelConfigBackward_dX
+    from .forward import Rows
+
+# 16 warps share 65,536 registers: 128 each, then 48 and 128 for the workers' threads, 168 for the consumer's
+WARPS = {"PRODUCERS": 4, "PRODUCER_REGISTERS": 48, "EPILOGUE_REGISTERS": 128, "num_warps": 8, "maxnreg": 128}
+CHUNK_ROWS, CHUNK_COLS = gl.constexpr(16), gl.constexpr(64)  # of dA that the epilogue holds in registers
+
+
+@gluon.jit
+def _consumer(tables, sizes, ring, da, handed, GATHERED: gl.constexpr, GROUP_M: gl.constexpr):
+    """dA of each tile, into the 64-column blocks `da`, when the epilogue has read the tile before."""
+    num_m, num_n, num_experts, K, _width, _M = sizes
+    x_stages, w_stages, full, empty = ring
+    DTYPE: gl.constexpr = x_stages.dtype
+    STAGES: gl.constexpr = x_stages.shape[0]
+    BLOCK_M: gl.constexpr = x_stages.shape[1]
+    BLOCK_K: gl.constexpr = x_stages.shape[2]
+    BLOCK_N: gl.constexpr = w_stages.shape[2]
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BLOCK_N // 2, 16])
+    expert, _row0 = place_of(gl.program_id(0), tables, num_m, num_n, num_experts, GROUP_M)
+    step = 0
+    handovers = 0
+    for tile in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
+        following = tile + gl.num_programs(0)
+        next_expert, _next_row0 = place_of(following, tables, num_m, num_n, num_experts, GROUP_M)
+        acc = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, mma)
+        steps = steps_of(expert, num_experts, K, BLOCK_K, 0)
+        for index in range(steps):
+            s = step % STAGES
+            mbarrier.wait(full.index(s), phase(step, STAGES))
+            if GATHERED:
+                fence_async_shared()  # cp.async wrote through the generic proxy, the product reads through the other
+            acc = warpgroup_mma(x_stages.index(s), w_stages.index(s), acc, is_async=True)
+            acc = warpgroup_mma_wait(1, deps=(acc,))
+            mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=index > 0)
+            step += 1
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=steps > 0)
+        left, right = split_columns(acc.to(DTYPE))
+        part0, part1 = split_columns(left)
+        part2, part3 = split_columns(right)
+        mbarrier.wait(handed.index(1), (handovers & 1) ^ 1)
+        da.index(0).store(part0)
+        da.index(1).store(part1)
+        da.index(2).store(part2)
+        da.index(3).store(part3)
+        mbarrier.arrive(handed.index(0), count=1)
+        handovers += 1  # noqa: SIM113 - a kernel has no enumerate
+        expert = next_expert
+
+
+@gluon.jit
+def _load_h(h_ptr, row, row_end, col, width, layout: gl.constexpr):
+    """(gate, up) of H: CHUNK_ROWS rows from `row` on, CHUNK_COLS columns from `col` on."""
+    rows = row + gl.arange(0, CHUNK_ROWS, layout=gl.SliceLayout(1, layout))
+    cols = col + gl.arange(0, CHUNK_COLS, layout=gl.SliceLayout(0, layout))
+    mask = (rows < row_end)[:, None] & (cols < width)[None, :]
+    ptrs = h_ptr + rows.to(gl.int64)[:, None] * (2 * width) + cols[None, :]
+    return gl.load(ptrs, mask=mask, other=0.0), gl.load(ptrs + width, mask=mask, other=0.0)
+
+
+@gluon.jit
+def _epilogue(
+    pointers,
+    tables,
+    sizes,
+    da,
+    rows_of_tile,
+    handed,
+    HAS_WEIGHTS: gl.constexpr,
+    GROUP_M: gl.constexpr,
+    EPILOGUE_WARPS: gl.constexpr,
+):
+    """Blocks of CHUNK_ROWS rows, each in four chunks; a chunk's H is asked for a block ahead, over a tile's end too."""
+    h_ptr, dh_ptr, scaled_a_ptr, ds_ptr, routing_weights_ptr = pointers
+    offsets_ptr, gather_ptr = tables[2], tables[3]
+    num_m, num_n, num_experts, _K, width, M = sizes
+    DTYPE: gl.constexpr = da.dtype
+    PARTS: gl.constexpr = da.shape[0]
+    BLOCK_M: gl.constexpr = da.shape[1]
+    BLOCKS: gl.constexpr = BLOCK_M // CHUNK_ROWS
+    BLOCK_N: gl.constexpr = PARTS * CHUNK_COLS
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [EPILOGUE_WARPS, 1], [1, 0])
+    column: gl.constexpr = gl.SliceLayout(1, layout)
+    flat: gl.constexpr = gl.BlockedLayout([1], [32], [EPILOGUE_WARPS], [0])
+    chunks = da._reinterpret(DTYPE, [PARTS * BLOCKS, CHUNK_ROWS, CHUNK_COLS], da.layout)
+    lane = gl.arange(0, CHUNK_ROWS, layout=column)
+    row_of_tile = gl.arange(0, BLOCK_M, layout=flat)
+    offs = gl.arange(0, CHUNK_COLS, layout=gl.SliceLayout(0, layout))
+    slots, scales = rows_of_tile
+    tiles = num_m * num_n
+    expert, row0 = place_of(gl.program_id(0), tables, num_m, num_n, num_experts, GROUP_M)
+    row_end = gl.load(offsets_ptr + expert + 1)
+    tile_n = tile_of(gl.minimum(gl.program_id(0), tiles - 1), num_m, num_n, GROUP_M)[1]
+    slot_ahead = gl.load(gather_ptr + row0 + row_of_tile, mask=row0 + row_of_tile < M, other=0)
+    h0 = _load_h(h_ptr, row0, row_end, tile_n * BLOCK_N, width, layout)
+    h1 = _load_h(h_ptr, row0, row_end, tile_n * BLOCK_N + CHUNK_COLS, width, layout)
+    h2 = _load_h(h_ptr, row0, row_end, tile_n * BLOCK_N + 2 * CHUNK_COLS, width, layout)
+    h3 = _load_h(h_ptr, row0, row_end, tile_n * BLOCK_N + 3 * CHUNK_COLS, width, layout)
+    handovers = 0
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        following = tile + gl.num_programs(0)
+        next_expert, next_row0 = place_of(following, tables, num_m, num_n, num_experts, GROUP_M)
+        slots.store(slot_ahead)
+        if HAS_WEIGHTS:
+            scales.store(gl.load(routing_weights_ptr + slot_ahead).to(gl.float32))
+        next_end = gl.load(offsets_ptr + next_expert + 1)
+        next_n = tile_of(gl.minimum(following, tiles - 1), num_m, num_n, GROUP_M)[1]
+        slot_ahead = gl.load(gather_ptr + next_row0 + row_of_tile, mask=next_row0 + row_of_tile < M, other=0)
+        blocks = gl.cdiv(gl.minimum(row_end - row0, BLOCK_M), CHUNK_ROWS)
+        mbarrier.wait(handed.index(0), handovers & 1)
+        for block in range(blocks):
+            row = row0 + block * CHUNK_ROWS + lane
+            row_ok = row < row_end
+            if HAS_WEIGHTS:
+                scale = scales._reinterpret(gl.float32, [BLOCKS, CHUNK_ROWS], scales.layout).index(block).load(column)
+            else:
+                scale = gl.full([CHUNK_ROWS], 1.0, gl.float32, column)
+            last = block + 1 == blocks
+            ahead_row = gl.where(last, next_row0, row0 + (block + 1) * CHUNK_ROWS)
+            ahead_end = gl.where(last, next_end, row_end)
+            ahead_col = gl.where(last, next_n, tile_n) * BLOCK_N
+            ds = gl.zeros([CHUNK_ROWS], gl.float32, column)
+            for part in gl.static_range(PARTS):
+                gate, up = h0[0].to(gl.float32), h0[1].to(gl.float32)
+                h0, h1, h2 = h1, h2, h3
+                h3 = _load_h(h_ptr, ahead_row, ahead_end, ahead_col + part * CHUNK_COLS, width, layout)
+                cols = tile_n * BLOCK_N + part * CHUNK_COLS + offs
+                mask = row_ok[:, None] & (cols < width)[None, :]
+                at_h = row.to(gl.int64)[:, None] * (2 * width) + cols[None, :]
+                grad = chunks.index(part * BLOCKS + block).load(layout).to(gl.float32)
+                sig = 1.0 / (1.0 + gl.exp(-gate))
+                a = gate * sig * up
+                ds += gl.sum(grad * a, axis=1)  # columns past the width are zeros on both sides
+                grad = grad * scale[:, None]
+                gl.store(dh_ptr + at_h, (grad * up * sig * (1 + gate * (1 - sig))).to(DTYPE), mask=mask)
+                gl.store(dh_ptr + (at_h + width), (grad * gate * sig).to(DTYPE), mask=mask)
+                at_a = row.to(gl.int64)[:, None] * width + cols[None, :]
+                gl.store(scaled_a_ptr + at_a, (a * scale[:, None]).to(DTYPE), mask=mask)
+            slot = (
+                slots._reinterpret(gl.int32, [BLOCKS, CHUNK_ROWS], slots.layout).index(block).load(column).to(gl.int64)
+            )
+            gl.store(ds_ptr + tile_n.to(gl.int64) * M + slot, ds, mask=row_ok)
+        mbarrier.arrive(handed.index(1), count=1)
+        handovers += 1  # noqa: SIM113
+        row0 = next_row0
+        row_end = next_end
+        tile_n = next_n
+
+
+@gluon.jit
+def _specialized_dX_dswiglu(
+    x_desc,
+    w_desc,
+    x_ptr,
+    h_ptr,
+    dh_ptr,
+    scaled_a_ptr,
+    ds_ptr,
+    routing_weights_ptr,
+    tile_expert_ptr,
+    tile_row_ptr,
+    num_tiles_ptr,
+    expert_offsets_ptr,
+    gather_indices_ptr,
+    num_experts,
+    M,
+    K,
+    width,
+    DIVISOR: gl.constexpr,
+    HAS_WEIGHTS: gl.constexpr,
+    EVEN_K: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    STAGES: gl.constexpr,
+    GROUP_M: gl.constexpr,
+    PRODUCERS: gl.constexpr,
+    PRODUCER_REGISTERS: gl.constexpr,
+    EPILOGUE_REGISTERS: gl.constexpr,
+):
+    DTYPE: gl.constexpr = x_ptr.dtype.element_ty
+    GATHERED: gl.constexpr = DIVISOR > 0
+    ring = make_ring(DTYPE, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, True, 1 + (32 * PRODUCERS if GATHERED else 0))
+    da_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, CHUNK_COLS], DTYPE)
+    da = gl.allocate_shared_memory(DTYPE, [BLOCK_N // CHUNK_COLS, BLOCK_M, CHUNK_COLS], da_layout)
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    rows_of_tile = (  # slots and routing weights, a tile's at a time
+        gl.allocate_shared_memory(gl.int32, [BLOCK_M], flat),
+        gl.allocate_shared_memory(gl.float32, [BLOCK_M], flat),
+    )
+    handed = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())  # over, and back
+    mbarrier.init(handed.index(0), count=1)
+    mbarrier.init(handed.index(1), count=1)
+    fence_async_shared()
+    tables = (tile_expert_ptr, tile_row_ptr, expert_offsets_ptr, gather_indices_ptr)
+    # rows are whole 16 bytes; said like this, the compiler knows it, and copies 16 bytes at a time
+    sizes = (gl.load(num_tiles_ptr), gl.cdiv(width, BLOCK_N), num_experts, K // 8 * 8, width // 8 * 8, M)
+    pointers = (h_ptr, dh_ptr, scaled_a_ptr, ds_ptr, routing_weights_ptr)
+    inputs = (x_desc, w_desc, x_ptr)
+    gl.warp_specialize(
+        [
+            (_consumer, (tables, sizes, ring, da, handed, GATHERED, GROUP_M)),
+            (producer, (inputs, tables, sizes, ring, DIVISOR, False, True, EVEN_K, 0, GROUP_M, PRODUCERS)),
+            (_epilogue, (pointers, tables, sizes, da, rows_of_tile, handed, HAS_WEIGHTS, GROUP_M, PRODUCERS)),
+        ],
+        [PRODUCERS, PRODUCERS],
+        [PRODUCER_REGISTERS, EPILOGUE_REGISTERS],
+    )
+
+
+def specialized_dX_dswiglu(
+    dy: Tensor,
+    weight: Tensor,
+    h: Tensor,
+    routing_weights: Tensor | None,
+    rows: Rows,
+    config: KernelConfigBackward_dX,
+    dh: Tensor,
+    scaled_a: Tensor,
+    ds: Tensor,
+    *,
+    dy_divisor: int,
+) -> None:
+    """Fill dh [T*K,2I], scaled_a [T*K,I] and ds [tiles,T*K]; see `backward_dX.dX_gemm_dswiglu`.
+
+    One of `config.num_stages` is not in the ring: in its place, and a little more, dA waits for the epilogue.
+    """
+    experts, n, k = weight.shape
+    w_desc = descriptor(weight, [1, config.block_n, config.block_k])
+    x_desc = w_desc if dy_divisor else descriptor(dy, [config.block_m, config.block_n])  # gathered rows take none
+    launch(
+        "dX_dswiglu",
+        _specialized_dX_dswiglu,
+        (min(num_programs(dy.device), rows.table.max_tiles * cdiv(k, config.block_k)),),
+        *(x_desc, w_desc, dy, h, dh, scaled_a, ds, dh if routing_weights is None else routing_weights),
+        *(*rows.arguments, experts, rows.gather_indices.shape[0], n, k),
+        DIVISOR=dy_divisor,
+        HAS_WEIGHTS=routing_weights is not None,
+        EVEN_K=n % config.block_n == 0,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_k,  # the sum is over n
+        BLOCK_K=config.block_n,
+        STAGES=config.num_stages - 1,
+        GROUP_M=GROUP_M,
+        **WARPS,
+    )
