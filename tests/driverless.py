@@ -96,9 +96,9 @@ class Driver:
         active.get_current_device = lambda: 0
         active.get_current_stream = lambda device: STREAM
         driver.set_active(active)
-        from moefactory.triton import launch
+        from moefactory.triton import launch, tape
 
-        launch.current_stream = lambda device: STREAM
+        launch.current_stream = tape.current_stream = lambda device: STREAM  # type: ignore[attr-defined]
 
     def number(self, name: str) -> int:
         """How many launches, or tensor maps encoded, there were."""
@@ -215,10 +215,42 @@ def hooks(driver: Driver) -> dict[str, Any]:
     return {"names": names, "again": again, "heard": heard}
 
 
+def played(driver: Driver) -> list[dict[str, Any]]:
+    """Steps of each kind, written out and played: their launches, less the addresses, and the names recorded."""
+    import fused
+
+    from moefactory.triton import direct, lookup, replay
+
+    told: list[list[Any]] = []
+    call = direct.Direct.call
+
+    def noting(self: Any, grid: Any, stream: int, args: Any) -> None:
+        values = [a if isinstance(a, int) and a < 2**30 else type(a).__name__ for a in args]
+        told.append([self.fixed[0], list(grid), stream, values])
+        call(self, grid, stream, args)
+
+    direct.Direct.call = noting  # type: ignore[method-assign]
+    found = []
+    for flags in fused.COMBINATIONS:
+        lookup.forget()
+        _step(**flags, kernels=fused.tma_kernels(flags))  # compiles
+        lookup.forget()
+        steps = []
+        for _ in range(4):
+            told.clear()
+            names = _step(**flags, kernels=fused.tma_kernels(flags))
+            steps.append([names, [list(one) for one in told]])
+        tapes = [type(kept).__name__ for kept in replay._tapes.values()]
+        found.append({"same": all(one == steps[0] for one in steps), "launches": len(steps[0][1]), "tapes": tapes})
+    direct.Direct.call = call  # type: ignore[method-assign]
+    return found
+
+
 CASES: dict[str, Callable[[Driver], Any]] = {
     "same parameters": same_parameters,
     "descriptors": descriptors,
     "hooks": hooks,
+    "played": played,
 }
 
 

@@ -58,6 +58,17 @@ def test_hooks_hear_of_every_launch(found: dict[str, Any]) -> None:
     assert [heard[0], heard[1], heard[3]] == ["_tile_table", "_grouped_forward", "_combine"]
 
 
+@pytest.mark.interpreter
+@no_compiler
+def test_a_tape_launches_what_the_code_does(found: dict[str, Any]) -> None:
+    """For all flags, with TMA: the same kernels, grids, numbers and names at each of four steps; all of it on tapes."""
+    for one in found["played"]:
+        assert one["same"]
+        assert one["launches"] >= 9  # without the fused combine
+        assert one["tapes"] == ["Tape", "Tape"]
+    assert len(found["played"]) == 16
+
+
 def test_a_descriptor_is_checked_where_its_shape_is_new() -> None:
     """Triton's checks hold for a shape, whatever the address; the address is checked each time."""
     memory = torch.zeros(4096, device=DEVICE).half()

@@ -23,6 +23,7 @@ from moefactory.block import Qwen3MoeFusedGroupedGEMMBlock
 from moefactory.config import ResolvedModel
 from moefactory.triton import launch, lookup, replay, tape
 from moefactory.triton.direct import Direct
+from moefactory.triton.ops import compute_experts
 from moefactory.triton.replay import replayed
 
 SIZE = 24
@@ -112,6 +113,17 @@ def test_a_tape_gives_the_bits_of_the_call(playing: Any) -> None:
 
 
 @pytest.mark.interpreter
+def test_results_are_tensors_of_their_own(playing: Any) -> None:
+    """Empty ones, too: the results of an operator may not be one and the same."""
+    played, ran = playing(lambda a: (a.new_empty(0), a.new_empty(0), torch.zeros(0, 3), a * 2))
+    for _ in range(4):
+        results = played(pair(0)[0])
+        assert len({id(one) for one in results}) == 4
+        assert [tuple(one.shape) for one in results] == [(0,), (0,), (0, 3), (SIZE,)]
+    assert len(ran) == 2
+
+
+@pytest.mark.interpreter
 def test_each_kind_has_a_tape_of_its_own(playing: Any) -> None:
     """Another flag, another shape, another dtype, another alignment."""
     played, ran = playing(lambda a, flag: a * (2.0 if flag else 3.0))
@@ -184,6 +196,44 @@ def test_arguments_that_share_memory_make_no_tape(playing: Any) -> None:
         played(a, a, 2.0)
     assert len(ran) == 3
     assert torch.equal(played(a, b, 2.0)[0], sums(a, b, 2.0)[0])
+
+
+@pytest.mark.interpreter
+def test_recording_keeps_no_memory_alive(playing: Any) -> None:
+    """What the call lets go is gone at once in the recorded call, too: its peak is the call's own."""
+    owners: list[int] = []
+
+    def lets_go(a: Tensor, b: Tensor) -> Tensor:
+        first, out = torch.empty_like(a), torch.empty_like(a)
+        run("first", ADD, a, b, first, SIZE)
+        owners.append(torch._C._storage_Use_Count(first.untyped_storage()._cdata))
+        run("again", ADD, first, b, out, SIZE)
+        return out
+
+    played, _ = playing(lets_go)
+    for seed in range(4):
+        a, b = pair(seed)
+        assert torch.equal(played(a, b), a + b + b)
+    assert len(owners) == 2
+    assert owners[0] == owners[1]
+
+
+@pytest.mark.gpu
+def test_no_step_needs_more_memory_than_the_first() -> None:
+    """The step that is recorded and those that are played, at sizes where buffers take turns."""
+    p = fused.problem(Shape(4096, 8, 4, 512, 512), torch.bfloat16).to(DEVICE)
+    peaks, held = [], []
+    for _ in range(5):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        leaves = [t.clone().requires_grad_() for t in p.leaves]
+        out, _ = compute_experts(leaves[0], leaves[1], p.plan, leaves[2], leaves[3], options(COMBINATIONS[0], 4))
+        held.append(torch.cuda.memory_allocated())
+        out.backward(p.dy)
+        peaks.append(torch.cuda.max_memory_allocated())
+        del leaves, out
+    assert max(peaks[1:]) <= peaks[0] + tape.MAX_SCRATCH
+    assert max(held[1:]) <= held[0]
 
 
 EVERYTHING = product(COMBINATIONS, ("h", "h_reused", "x"))

@@ -52,8 +52,8 @@ def call(operator: Any, *args: Any) -> Any:
             if type(arg) not in _PLAIN:
                 return operator(*args)
             differentiable = differentiable or arg.requires_grad
-    if differentiable and torch.is_grad_enabled() and operator in _FUNCTIONS:
-        return _FUNCTIONS[operator].apply(*args)
+    if differentiable and torch.is_grad_enabled() and (function := _FUNCTIONS.get(operator)) is not None:
+        return function.apply(*args)
     return _IMPLEMENTATIONS.get(operator, operator)(*args)
 
 

@@ -214,19 +214,20 @@ def _check(
 ) -> None:
     """What the kernels rely on and could only answer with a wrong address."""
     experts, width, hidden = gate_up_proj.shape
+    tokens, columns = x.shape
     for name, weight, shape in (
-        ("gate_up_proj", gate_up_proj, (plan.num_experts, width, x.shape[-1])),
+        ("gate_up_proj", gate_up_proj, (plan.num_experts, width, columns)),
         ("down_proj", down_proj, (experts, hidden, width // 2)),
     ):
-        if tuple(weight.shape) != shape or weight.dtype != x.dtype:
+        if weight.shape != shape or weight.dtype != x.dtype:
             raise ValueError(f"{name}: got {tuple(weight.shape)} {weight.dtype}; needed: {shape} {x.dtype}")
         if not weight.is_contiguous():
             raise ValueError(f"{name}: got strides {tuple(weight.stride())}; needed: a contiguous tensor")
     for name, tensor in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj), ("plan", plan.gather_indices)):
         if tensor.device != x.device:  # a launch takes addresses: Triton no longer asks whose they are
             raise ValueError(f"{name}: on {tensor.device}; needed: x's device {x.device}")
-    slots = (x.shape[0], options.top_k)
+    slots = (tokens, options.top_k)
     if plan.top_k != options.top_k or plan.gather_indices.shape[0] != slots[0] * slots[1]:
         raise ValueError(f"plan: got {plan.gather_indices.shape[0]} rows of top_k {plan.top_k}; needed: {slots}")
-    if tuple(routing_weights.shape) != slots:
+    if routing_weights.shape != slots:
         raise ValueError(f"routing_weights: got shape {tuple(routing_weights.shape)}; needed: {slots}")

@@ -16,41 +16,46 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..machine import interpreting
 from .direct import Direct, hooked
 from .launch import on_device, watched
-from .tape import Event, Place, Slot, Tape, compose
+from .tape import Event, Made, Place, Slot, Tape, compose
 
-MAX_TAPES = 512
+MAX_TAPES = 2048  # some 10 KiB each
 ALLOCATING = {"aten::empty.memory_format", "aten::empty_like", "aten::new_empty"}
 _NEW, _SEEN, _NEVER = "new", "seen", "never"
 _tapes: dict[tuple[Any, ...], Any] = {}
 
 
 def replayed(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, an operator's implementation, from its third call of a kind on without its Python."""
+    """`function`, an operator's implementation, from its third call of a kind on without its Python.
+
+    Its tensors come first among its arguments.
+    """
     if interpreting():
         return function
 
     @functools.wraps(function)
     def run(*args: Any) -> Any:
-        key: list[Any] = [function]
-        tensors: list[Tensor] = []
-        addresses: list[int] = []
-        for arg in args:
-            if isinstance(arg, Tensor):
-                address = arg.data_ptr()
-                tensors.append(arg)
-                addresses.append(address)
-                key += (arg.shape, arg.dtype, address % 16 == 0 and arg.is_contiguous())
-            else:
-                key.append(tuple(arg) if type(arg) is list else arg)
+        tensors = [arg for arg in args if isinstance(arg, Tensor)]
+        addresses = [tensor.data_ptr() for tensor in tensors]
         device = tensors[0].device
-        key.append(device)
+        key: list[Any] = [function, device]
+        plain = True
+        for tensor in tensors:
+            key.append(tensor.shape)
+            key.append(tensor.dtype)
+            plain = plain and tensor.is_contiguous()
+        key += [tuple(arg) if type(arg) is list else arg for arg in args[len(tensors) :]]
         kind = tuple(key)
+        for address in addresses:
+            plain = plain and address % 16 == 0
+        if not plain:  # no tape is made for such, nor is one right
+            return function(*args)
         tape = _tapes.get(kind, _NEW)
         if type(tape) is Tape and not hooked():
             with on_device(device):
@@ -60,9 +65,9 @@ def replayed(function: Callable[..., Any]) -> Callable[..., Any]:
             recorder = Recorder(tensors)
             with recorder, watched(recorder.launched):
                 result = function(*args)
-            _tapes[kind] = recorder.tape(result) or _NEVER
+            _tapes[kind] = recorder.tape(result, device) or _NEVER
             return result
-        if tape is _NEW:
+        if tape is _NEW and not any(isinstance(arg, Tensor) for arg in args[len(tensors) :]):
             if len(_tapes) >= MAX_TAPES:
                 _tapes.clear()
             _tapes[kind] = _SEEN
@@ -79,6 +84,9 @@ def forget() -> None:
 class Recorder(TorchDispatchMode):
     """Notes what a call allocates, which of torch's operators it calls and what it launches.
 
+    It keeps no tensor alive, so that recording needs no more memory than the call. An address may thus have had several
+    owners; of those, the one made last is meant: what else lived there was dead before it was made.
+
     Args:
         tensors: the call's own.
     """
@@ -86,34 +94,30 @@ class Recorder(TorchDispatchMode):
     def __init__(self, tensors: list[Tensor]) -> None:
         super().__init__()
         self.given = len(tensors)
-        self.tensors = list(tensors)  # by slot; alive, so that an address has one meaning
-        self.also: list[tuple[Tensor, int | None]] = []  # other objects for a slot's tensor
-        self.base = list(range(self.given))  # slot -> the slot whose memory it is
+        self.slots = [Made.of(tensor, slot) for slot, tensor in enumerate(tensors)]
         self.events: list[tuple[str, Event]] = []
-        plain = all(t.is_contiguous() and t.data_ptr() % 16 == 0 for t in tensors)
-        self.understood = plain and not any(_overlap(a, b) for i, a in enumerate(tensors) for b in tensors[:i])
+        self.understood = not any(a.overlaps(b) for i, a in enumerate(self.slots) for b in self.slots[:i])
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
         more = kwargs or {}
-        if not isinstance(out, Tensor) or any(isinstance(value, Tensor) for value in more.values()):
-            self.understood &= func._schema.name == "aten::promote_types"  # a function of dtypes: nothing to do again
-            return out
+        out = func(*args, **more)
         name = func._schema.name + (f".{func._overloadname}" if func._overloadname != "default" else "")
-        if name in ALLOCATING:
+        if not isinstance(out, Tensor) or any(isinstance(value, Tensor) for value in more.values()):
+            self.understood &= name == "aten::promote_types"  # a function of dtypes: nothing to do again
+        elif name in ALLOCATING:
             self.understood &= out.is_contiguous()
             self.events.append(("", Event("empty", self._add(out))))
-            return out
-        if name == "aten::detach":  # torch.empty hands out a detached one
-            self.also.append((out, self._slot(args[0])))
-            return out
-        named = tuple(self._named(arg) for arg in args)
-        made, kind = self._slot(out), "operator"  # in place, where the result has a slot already
-        if made is None:
-            owners = [s for arg in args if isinstance(arg, Tensor) and (s := self._slot(arg)) is not None]
-            shared = [s for s in owners if _storage(self.tensors[s]) == _storage(out)]
-            made, kind = (self._add(out, self.base[shared[0]]), "view") if shared else (self._add(out), "operator")
-        self.events.append(("", Event(kind, made, func, named, tuple(more.items()))))
+        elif name != "aten::detach":  # torch.empty hands out a detached one
+            named = tuple(self._named(arg) for arg in args)
+            given = [arg for arg in args if isinstance(arg, Tensor)]
+            shared = [arg for arg in given if arg.untyped_storage()._cdata == out.untyped_storage()._cdata]
+            if any(arg is out for arg in given):
+                kind, made = "operator", self._slot(out)
+            elif shared and (owner := self._slot(shared[0])) is not None:
+                kind, made = "view", self._add(out, self.slots[owner].base)
+            else:
+                kind, made = "operator", self._add(out)
+            self.events.append(("", Event(kind, made, func, named, tuple(more.items()))))
         return out
 
     def launched(self, name: str, direct: Direct | None, grid: tuple[int, ...], args: tuple[Any, ...]) -> None:
@@ -122,25 +126,30 @@ class Recorder(TorchDispatchMode):
         places = tuple(self._place(arg) for arg in args)
         self.events.append((name, Event("launch", None, direct, places, (), (*grid, 1, 1)[:3])))
 
-    def tape(self, result: Any) -> Tape | None:
+    def tape(self, result: Any, device: torch.device) -> Tape | None:
         """The tape of the call that gave `result`; None where something was not understood."""
         returned = result if isinstance(result, tuple) else (result,)
-        slots = [None if one is None else self._slot(one) for one in returned]
-        if not self.understood or any(
-            slot is None and one is not None for slot, one in zip(slots, returned, strict=True)
-        ):
+        slots = tuple(None if one is None else self._result(one) for one in returned)
+        known = all(one is None or slot is not None for slot, one in zip(slots, returned, strict=True))
+        if not self.understood or not known:
             return None
-        outputs = tuple(slots) if isinstance(result, tuple) else slots[0]
-        return compose(self.events, self.tensors, self.base, self.given, outputs)
+        return compose(self.events, self.slots, self.given, slots if isinstance(result, tuple) else slots[0], device)
+
+    def _result(self, tensor: Tensor) -> int | None:
+        if tensor.numel():
+            return self._slot(tensor)
+        self.events.append(("", Event("empty", self._add(tensor))))  # nothing tells empty ones apart: each is made anew
+        return len(self.slots) - 1
 
     def _add(self, tensor: Tensor, base: int | None = None) -> int:
-        self.tensors.append(tensor)
-        self.base.append(len(self.tensors) - 1 if base is None else base)
-        return len(self.tensors) - 1
+        slot = len(self.slots)
+        self.slots.append(Made.of(tensor, slot if base is None else base))
+        return slot
 
     def _slot(self, tensor: Tensor) -> int | None:
-        known = [*((t, slot) for slot, t in enumerate(self.tensors)), *self.also]
-        return next((slot for one, slot in known if one is tensor), None)
+        """The last that lies where this one does, and looks the same."""
+        sought = Made.of(tensor, 0)[:-1]
+        return next((slot for slot in reversed(range(len(self.slots))) if self.slots[slot][:-1] == sought), None)
 
     def _named(self, arg: Any) -> Any:
         """The argument of an operator: a tensor by its slot."""
@@ -149,10 +158,8 @@ class Recorder(TorchDispatchMode):
         if not isinstance(arg, Tensor):
             return arg
         slot = self._slot(arg)
-        if slot is None:
-            self.understood = False
-            return arg
-        return Slot(slot)
+        self.understood &= slot is not None
+        return Slot(slot or 0)
 
     def _place(self, arg: Any) -> Place | int:
         """The argument of a kernel: a tensor, or a descriptor of one, by its memory."""
@@ -161,30 +168,20 @@ class Recorder(TorchDispatchMode):
         tensor: Tensor = arg if isinstance(arg, Tensor) else arg.base
         if not tensor.numel():
             return 0  # the address of no memory
-        owners = [s for s, known in enumerate(self.tensors) if self.base[s] == s and _within(tensor, known)]
-        if len(owners) != 1:
-            self.understood = False
-            return Place(0, 0)
-        offset = tensor.data_ptr() - self.tensors[owners[0]].data_ptr()
-        if tensor is arg:
-            return Place(owners[0], offset)
-        like = copy.copy(arg)
-        like.base = None  # a tape holds no tensors
-        return Place(owners[0], offset, like)
+        sought = Made.of(tensor, 0)
+        for slot in reversed(range(len(self.slots))):
+            owner = self.slots[slot]
+            if owner.base == slot and owner.contains(sought):
+                offset = sought.address - owner.address
+                return Place(slot, offset) if tensor is arg else Place(slot, offset, _without_tensor(arg))
+        self.understood = False
+        return 0
 
 
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
-
-
-def _within(tensor: Tensor, other: Tensor) -> bool:
-    start, first = tensor.data_ptr(), other.data_ptr()
-    return tensor.numel() > 0 and first <= start and start + tensor.nbytes <= first + other.nbytes
-
-
-def _overlap(one: Tensor, other: Tensor) -> bool:
-    start, first = one.data_ptr(), other.data_ptr()
-    return one.numel() > 0 and other.numel() > 0 and start < first + other.nbytes and first < start + one.nbytes
+def _without_tensor(descriptor: Any) -> Any:
+    like = copy.copy(descriptor)
+    like.base = None  # a tape keeps no memory
+    return like
 
 
 __all__ = ["Recorder", "forget", "replayed"]

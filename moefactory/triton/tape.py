@@ -22,6 +22,30 @@ ALIGNED = 256
 Step = Callable[[list[Any], list[Any], int], None]  # of tensors by slot, values by index, and the stream
 
 
+class Made(NamedTuple):
+    """Where a tensor lay and what it looked like; `base` is the slot whose memory it is."""
+
+    address: int
+    size: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    base: int
+
+    @classmethod
+    def of(cls, tensor: Tensor, base: int) -> Made:
+        """Of a tensor."""
+        return cls(tensor.data_ptr(), tensor.nbytes, tuple(tensor.shape), tensor.stride(), tensor.dtype, base)
+
+    def overlaps(self, other: Made) -> bool:
+        """Whether they share memory, both being contiguous."""
+        return self.address < other.address + other.size and other.address < self.address + self.size
+
+    def contains(self, other: Made) -> bool:
+        """Whether the other lies in this one's memory, both being contiguous."""
+        return self.address <= other.address and other.address + other.size <= self.address + self.size
+
+
 class Slot(NamedTuple):
     """A tensor among an operator's arguments."""
 
@@ -94,33 +118,33 @@ class Tape:
 
 def compose(
     events: list[tuple[str, Event]],
-    tensors: list[Tensor],
-    base: list[int],
+    made: list[Made],
     given: int,
     outputs: tuple[int | None, ...] | int | None,
+    device: torch.device,
 ) -> Tape:
     """The tape of what a call did.
 
     Args:
         events: (a kernel's name, what happened), in order.
-        tensors, base: by slot, the tensor and the slot whose memory it is.
+        made: what was where, by slot.
         given: how many of the slots are the call's own tensors.
         outputs: the slots of its result.
+        device: of all of it.
     """
     returned = {slot for slot in (outputs if isinstance(outputs, tuple) else (outputs,)) if slot is not None}
     kept = _needed([event for _, event in events], returned)
-    last = {base[slot]: i for i, event in enumerate(kept) for slot in event.slots}
-    asked_for = {base[s] for event in kept if event.kind in {"view", "operator"} for s in event.slots}
-    lasting = asked_for | {base[slot] for slot in returned}
+    last = {made[slot].base: i for i, event in enumerate(kept) for slot in event.slots}
+    asked_for = {made[s].base for event in kept if event.kind in {"view", "operator"} for s in event.slots}
+    lasting = asked_for | {made[slot].base for slot in returned}
     scratch: dict[int, int] = {}  # slot -> its offset; only kernels see these, so that they need not be tensors
     total = 0
     for event in kept:
-        size = tensors[event.made].nbytes if event.kind == "empty" and event.made is not None else MAX_SCRATCH
+        size = made[event.made].size if event.kind == "empty" and event.made is not None else MAX_SCRATCH
         if event.made not in lasting and total + size < MAX_SCRATCH:
             scratch[event.made], total = total, total + -(-size // ALIGNED) * ALIGNED  # type: ignore[index]
-    slots = len(tensors) + 1  # the last one is the scratch
+    slots = len(made) + 1  # the last one is the scratch
     values: list[Any] = []
-    device = tensors[0].device
     steps = [_scratch(slots - 1, total, device, list(scratch.items()))] if scratch else []
     for i, event in enumerate(kept):
         if event.kind == "launch":
@@ -128,9 +152,9 @@ def compose(
         elif event.kind != "empty":
             steps.append(_operator(event))
         elif event.made not in scratch:
-            steps.append(_empty(event.made, tensors[event.made]))  # type: ignore[arg-type,index]
-        ended = [s for s in {base[s] for s in event.slots} if last[s] == i and s >= given and s not in scratch]
-        steps += [_free(s) for s in ended if s not in {base[slot] for slot in returned}]
+            steps.append(_empty(event.made, made[event.made], device))  # type: ignore[arg-type,index]
+        ended = [s for s in {made[s].base for s in event.slots} if last[s] == i and s >= given and s not in scratch]
+        steps += [_free(s) for s in ended if s not in {made[slot].base for slot in returned}]
     return Tape([name for name, event in events if event.kind == "launch"], slots, values, steps, outputs)
 
 
@@ -155,11 +179,11 @@ def _scratch(slot: int, size: int, device: torch.device, parts: list[tuple[int, 
     return step
 
 
-def _empty(slot: int, like: Tensor) -> Step:
-    shape, dtype, device = like.shape, like.dtype, like.device
+def _empty(slot: int, like: Made, device: torch.device) -> Step:
+    shape, dtype = like.shape, like.dtype
 
     def step(tensors: list[Any], values: list[Any], stream: int) -> None:
-        memory = tensors[slot] = torch.empty(shape, dtype=dtype, device=device)
+        memory = tensors[slot] = torch.empty(*shape, dtype=dtype, device=device)  # from a torch.Size: 1 us more
         values[slot] = _address(memory)
 
     return step
@@ -243,4 +267,4 @@ def _map(index: int, address: int, like: Any, shape: tuple[int, ...], strides: t
     return step
 
 
-__all__ = ["Event", "Place", "Slot", "Tape", "compose"]
+__all__ = ["Event", "Made", "Place", "Slot", "Tape", "compose"]
