@@ -57,13 +57,13 @@ def taking_turns(cases: Cases) -> dict[str, float]:
 def plain(pass_name: str, gemm: str, weight: Tensor, tokens: int, options: FusedOptions):
     """What would be shipped without the specialised kernels."""
     experts, n, k = weight.shape
-    rows, kept = bucket(tokens * options.top_k, experts), choice.SPECIALIZED_ROWS
-    choice.SPECIALIZED_ROWS = sys.maxsize
+    rows, kept = bucket(tokens * options.top_k, experts), choice.SPECIALIZED_TRITON
+    choice.SPECIALIZED_TRITON = ()
     shipped.cache_clear()
     try:
         return shipped(Launch(pass_name, gemm, experts, n, k, rows, DType.bfloat16, options), 90)
     finally:
-        choice.SPECIALIZED_ROWS = kept
+        choice.SPECIALIZED_TRITON = kept
         shipped.cache_clear()
 
 
@@ -144,7 +144,7 @@ def families(name: str, tokens: int) -> dict[str, tuple[Callable[[], object], Ca
 
 def main() -> None:
     found = []
-    for name, tokens in product(("qwen3_30b_a3b", "qwen3_235b_a22b"), (16384, 4096)):
+    for name, tokens in product(("qwen3_30b_a3b", "qwen3_235b_a22b"), (16384, 4096, 1024, 512, 256)):
         for gemm, (dense, variants) in families(name, tokens).items():
             times = taking_turns({"dense": dense, **variants})
             dense_ms = times.pop("dense")

@@ -210,7 +210,7 @@ def _alignment(case: Case) -> str | None:
 def shared_memory(pass_name: str, config: KernelConfig, dtype: DType) -> int:
     """Bytes of shared memory that a program's buffers take: stages times both tiles, and half a result's, staged apart.
 
-    The last in the warp-specialised kernels only; a stage and that half are also what dA takes on its way to dSwiGLU.
+    The last in the warp-specialised kernels only.
     """
     m, n, k = config.block_m, config.block_n, config.block_k
     elements = {"fwd": m * k + n * k, "bwd_dX": m * n + n * k, "bwd_dW": m * n + m * k}[pass_name]

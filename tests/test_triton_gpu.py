@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ from moefactory.routing import RoutingPlan, make_plan
 from moefactory.triton import specialized_dswiglu, specialized_dW, specialized_rows
 from moefactory.triton.backward_dW import dW_gemm
 from moefactory.triton.backward_dX import dX_gemm, dX_gemm_dswiglu
-from moefactory.triton.choice import SPECIALIZED_ROWS, Launch, bucket, choose
+from moefactory.triton.choice import SPECIALIZED_FROM, Launch, bucket, choose
 from moefactory.triton.forward import Rows, forward_gemm
 from moefactory.triton.ops import compute_experts
 from moefactory.triton.schedule import tile_table
@@ -533,13 +534,14 @@ def _chosen(p: fused.Problem, flags: dict[str, bool]) -> list[KernelConfig]:
 def test_qwen_sizes(name: str, flags: dict[str, bool]) -> None:
     """Qwen3's real sizes, shipped choice: 48 tokens and the busiest, idlest and last expert against float64.
 
-    On Hopper the two large ones run the warp-specialised kernels.
+    On Hopper the two large ones run the warp-specialised kernels throughout, the small one those of dW.
     """
     model, tokens = QWEN[name]
     with alone():
         p = _large(model, tokens)
-        specialized = HOPPER and bucket(tokens * model.top_k, model.num_experts) >= SPECIALIZED_ROWS
-        assert {config.warp_specialize for config in _chosen(p, flags)} == {specialized}
+        rows = bucket(tokens * model.top_k, model.num_experts)
+        special = [HOPPER and rows >= SPECIALIZED_FROM[launch] for launch in product(PASSES, GEMMS)]
+        assert [config.warp_specialize for config in _chosen(p, flags)] == special
         counts = torch.bincount(p.selected_experts.flatten(), minlength=model.num_experts)
         order = counts.argsort().tolist()
         experts = sorted({order[0], order[-1], model.num_experts - 1})

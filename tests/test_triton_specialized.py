@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import product
 from typing import Any
 
 import judge
@@ -20,7 +21,7 @@ from judge import WEIGHTS
 from sm90 import VARIANTS
 
 from moefactory.block import Qwen3MoeFusedGroupedGEMMBlock
-from moefactory.config import DType, ResolvedModel
+from moefactory.config import GEMMS, PASSES, DType, ResolvedModel
 from moefactory.rules import MAX_SHARED_MEMORY, shared_memory
 from moefactory.triton import choice
 from moefactory.triton.choice import Launch, shipped
@@ -49,11 +50,11 @@ def code(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
 def test_multiplies_on_hoppers_tensor_cores(variant: str, code: dict[str, dict[str, Any]]) -> None:
     """wgmma alone, mma.sync is the older generation's. Four make a step of 64 in the reduction, eight where it is wide.
 
-    A step stands once for the loop, and once for each product under which the tile before is stored.
+    A step stands once for each loop, and once for each product under which the tile before is stored.
     """
     one = VARIANTS[variant]
     if one.kernel == "dX_dswiglu":
-        steps, each = 1, 8  # 16 warps leave 128 registers each: two products of 128 columns in place of one of 256
+        steps, each = 2, 8  # 16 warps leave 128 registers each: two products of 128 columns in place of one of 256
     else:
         steps, each = 1 + (7 if "store_h" in one.flags else 3), 4
     assert (code[variant]["wgmma"], code[variant]["mma"]) == (steps * each, 0)
@@ -85,8 +86,11 @@ def test_moves_what_it_can_by_tma(variant: str, code: dict[str, dict[str, Any]])
 @by_variant
 def test_every_tile_has_its_own_bounds(variant: str, code: dict[str, dict[str, Any]]) -> None:
     """Triton 3.6 and 3.7 take a carried value whose only use is an inner loop's bound for invariant: then every tile
-    would sum from the first tile's row on. Each partition has one loop inside its loop over tiles."""
-    partitions = ["default", "partition0", *(["partition1"] if VARIANTS[variant].kernel == "dX_dswiglu" else [])]
+    would sum from the first tile's row on. Each partition has one loop inside its loop over tiles, the consumer of the
+    dSwiGLU kernel two: what it kept of the tile before is handed over between them."""
+    partitions = ["default", "partition0"]
+    if VARIANTS[variant].kernel == "dX_dswiglu":
+        partitions = ["default", *partitions, "partition1"]
     assert code[variant]["nested loops"] == [[name, []] for name in partitions]
 
 
@@ -171,10 +175,12 @@ def test_explain_says_it_in_words(flags: dict[str, bool], monkeypatch: pytest.Mo
     model = ResolvedModel(64, 32, 8, 2, True, "silu")
     weights = (judge.unit_weights(model, torch.bfloat16)[name] for name in WEIGHTS)
     block = Qwen3MoeFusedGroupedGEMMBlock(model, *weights, **flags, autotune=False)
-    few, many = (block.explain(8 * rows // 2).splitlines()[1:] for rows in (64, 128))
-    assert len(few) == len(many) == 6
-    assert not any("warp" in line.replace("num_warps", "") for line in few)
-    assert all(", warp-specialised; block_m=" in line and " warp_specialize=True" in line for line in many)
+    for rows in (1, 16, 32, 64, 128):
+        many = block.explain(8 * rows // 2).splitlines()[1:]
+        special = [rows >= choice.SPECIALIZED_FROM[launch] for launch in product(PASSES, GEMMS)]
+        assert [", warp-specialised; block_m=" in line and " warp_specialize=True" in line for line in many] == special
+        assert ["warp" in line.replace("num_warps", "") for line in many] == special
+    assert all(special)
     alone = sum("the product alone, warp-specialised" in line for line in many)
     fused = [flags["permute_x"] or flags["fuse_swiglu"], flags["permute_y"], flags["permute_x"]]
     fused += [flags["permute_y"] or flags["fuse_swiglu"], flags["permute_x"], flags["permute_y"]]

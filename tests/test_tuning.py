@@ -134,7 +134,7 @@ def test_both_kinds_of_kernel_are_tried_on_hopper(pass_name, gemm, rows):
         launch = launch_of(pass_name, gemm, flags, DType.bfloat16, 2048, 768, 128, rows, 8)
         found = candidates(launch, 90)
         special = [config for config in found if config.warp_specialize]
-        assert found[0].warp_specialize == (rows >= choice.SPECIALIZED_ROWS)
+        assert found[0].warp_specialize == (rows >= choice.SPECIALIZED_FROM[pass_name, gemm])
         tiles = {(c.block_m, c.block_n, c.block_k, c.num_stages) for c in special}
         assert tiles == {(*tile, s) for tile in SPECIALIZED_TILES[pass_name] for s in (3, 4)}
         copies = {getattr(config, "gather_first", False) for config in special}
@@ -150,7 +150,7 @@ def test_plain_neighbours_of_a_specialised_choice_begin_at_the_plain_one(monkeyp
     """The plain candidates are those that would be tried if the specialised kernels did not exist."""
     launch = launch_of("bwd_dW", "up", ALL_ON, DType.bfloat16, 2048, 768, 128, 256, 8)
     found = [config for config in candidates(launch, 90) if not config.warp_specialize]
-    monkeypatch.setattr(choice, "SPECIALIZED_ROWS", float("inf"))
+    monkeypatch.setattr(choice, "SPECIALIZED_TRITON", ())
     shipped.cache_clear()
     candidates.cache_clear()
     try:

@@ -234,7 +234,8 @@ def dX_gemm_dswiglu(
     wide = torch.promote_types(dy.dtype, torch.float32)
     dh = h if over_h else torch.empty(m, 2 * i, dtype=dy.dtype, device=dy.device)
     scaled_a = torch.empty(m, i, dtype=dy.dtype, device=dy.device)
-    ds = torch.empty(cdiv(i, config.block_k), m, dtype=wide, device=dy.device)
+    halves = 2 if config.warp_specialize else 1  # what its epilogue sums at a time
+    ds = torch.empty(halves * cdiv(i, config.block_k), m, dtype=wide, device=dy.device)
     if m and config.warp_specialize:
         from .specialized_dswiglu import specialized_dX_dswiglu
 

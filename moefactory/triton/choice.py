@@ -17,7 +17,14 @@ from .options import FusedOptions
 
 SPECIALIZED_TRITON = ("3.6.", "3.7.")  # the releases whose Gluon compiles the kernels; it changes with each
 _chosen: dict[tuple[Launch, torch.device, int], tuple[KernelConfig, str]] = {}
-SPECIALIZED_ROWS = 128  # rows per expert (a power of two) from which the warp-specialised kernels are shipped
+SPECIALIZED_FROM = {  # rows per expert from which the warp-specialised kernels are shipped: results/specialized.json
+    ("fwd", "up"): 32,
+    ("fwd", "down"): 128,
+    ("bwd_dX", "up"): 128,
+    ("bwd_dX", "down"): 32,
+    ("bwd_dW", "up"): 1,
+    ("bwd_dW", "down"): 1,
+}
 
 
 @dataclass(frozen=True)
@@ -156,7 +163,7 @@ def _gpu_tiles(launch: Launch, capability: int) -> dict[str, Any]:
     if launch.dtype.itemsize > 2:
         return {"block_m": 64 if rows > 32 else 16, "block_n": 64, "block_k": 32, "num_warps": 4, "num_stages": 2}
     known = triton.__version__.startswith(SPECIALIZED_TRITON)
-    if capability == 90 and known and rows >= SPECIALIZED_ROWS and launch.whole_rows:
+    if capability == 90 and known and rows >= SPECIALIZED_FROM[launch.pass_name, launch.gemm] and launch.whole_rows:
         return _specialized(launch)
     if capability < 90:
         tiles = {"block_m": min(64, max(16, rows)), "block_n": 128, "block_k": 64, "num_warps": 4, "num_stages": 3}

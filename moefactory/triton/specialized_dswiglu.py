@@ -2,8 +2,9 @@
 
 The activation's derivative reads and writes 2.5 times a tile of dA, which takes a quarter of the tile's products: too
 long to wait for, too large for the registers beside a sum of 128 x 256. So a third partition of 4 warps does it. The
-consumer rounds dA, as it is when the activation is a kernel of its own, hands it over in shared memory and multiplies
-the next tile; the epilogue's warps load H and store the results past it, straight from and to memory.
+consumer rounds dA, as it is when the activation is a kernel of its own, and hands it over in shared memory, one half
+before it multiplies the next tile, the other amid that: so 32 KB are enough, and the ring keeps its four stages. The
+epilogue's warps load H and store the results past it, straight from and to memory.
 """
 
 from __future__ import annotations
@@ -28,52 +29,77 @@ if TYPE_CHECKING:
     from ..config import KernelConfigBackward_dX
     from .forward import Rows
 
-# 16 warps share 65,536 registers: 128 each, then 48 and 128 for the workers' threads, 168 for the consumer's
-WARPS = {"PRODUCERS": 4, "PRODUCER_REGISTERS": 48, "EPILOGUE_REGISTERS": 128, "num_warps": 8, "maxnreg": 128}
+# 16 warps share 65,536 registers: 128 each, then 40 and 104 for the workers' threads, 184 for the consumer's
+WARPS = {"PRODUCERS": 4, "PRODUCER_REGISTERS": 40, "EPILOGUE_REGISTERS": 104, "num_warps": 8, "maxnreg": 128}
 CHUNK_ROWS, CHUNK_COLS = gl.constexpr(16), gl.constexpr(64)  # of dA that the epilogue holds in registers
 
 
 @gluon.jit
-def _consumer(tables, sizes, ring, da, handed, GATHERED: gl.constexpr, GROUP_M: gl.constexpr):
-    """dA of each tile, into the 64-column blocks `da`, when the epilogue has read the tile before."""
-    num_m, num_n, num_experts, K, _width, _M = sizes
+def _hand_over(half, da, handed, handovers):
+    """Two blocks of 64 columns to the epilogue, once it has read the two before."""
+    left, right = half
+    mbarrier.wait(handed.index(1), (handovers & 1) ^ 1)
+    da.index(0).store(left)
+    da.index(1).store(right)
+    mbarrier.arrive(handed.index(0), count=1)
+
+
+@gluon.jit
+def _multiply(acc, first, count, before, ring, GATHERED: gl.constexpr):
+    """`count` products from step `first` on, of which the last is still under way; `before`: of the tile, already made.
+
+    Each gives back the stage of the tile's product before it.
+    """
     x_stages, w_stages, full, empty = ring
+    STAGES: gl.constexpr = x_stages.shape[0]
+    for index in range(count):
+        step = first + index
+        s = step % STAGES
+        mbarrier.wait(full.index(s), phase(step, STAGES))
+        if GATHERED:
+            fence_async_shared()  # cp.async wrote through the generic proxy, the product reads through the other
+        acc = warpgroup_mma(x_stages.index(s), w_stages.index(s), acc, is_async=True)
+        acc = warpgroup_mma_wait(1, deps=(acc,))
+        mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=index + before > 0)
+    return acc
+
+
+@gluon.jit
+def _consumer(tables, sizes, ring, da, handed, GATHERED: gl.constexpr, GROUP_M: gl.constexpr):
+    """dA of each tile, in halves, into the two 64-column blocks `da`."""
+    num_m, num_n, num_experts, K, _width, _M = sizes
+    x_stages, w_stages, _full, empty = ring
     DTYPE: gl.constexpr = x_stages.dtype
     STAGES: gl.constexpr = x_stages.shape[0]
     BLOCK_M: gl.constexpr = x_stages.shape[1]
     BLOCK_K: gl.constexpr = x_stages.shape[2]
     BLOCK_N: gl.constexpr = w_stages.shape[2]
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BLOCK_N // 2, 16])
+    tiles = num_m * num_n
     expert, _row0 = place_of(gl.program_id(0), tables, num_m, num_n, num_experts, GROUP_M)
+    kept = split_columns(split_columns(gl.zeros([BLOCK_M, BLOCK_N], DTYPE, mma))[1])
     step = 0
     handovers = 0
-    for tile in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         following = tile + gl.num_programs(0)
         next_expert, _next_row0 = place_of(following, tables, num_m, num_n, num_experts, GROUP_M)
         acc = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, mma)
         steps = steps_of(expert, num_experts, K, BLOCK_K, 0)
-        for index in range(steps):
-            s = step % STAGES
-            mbarrier.wait(full.index(s), phase(step, STAGES))
-            if GATHERED:
-                fence_async_shared()  # cp.async wrote through the generic proxy, the product reads through the other
-            acc = warpgroup_mma(x_stages.index(s), w_stages.index(s), acc, is_async=True)
-            acc = warpgroup_mma_wait(1, deps=(acc,))
-            mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=index > 0)
-            step += 1
+        acc = _multiply(acc, step, steps // 2, 0, ring, GATHERED)
+        if tile >= gl.num_programs(0):
+            _hand_over(kept, da, handed, handovers)
+            handovers += 1
+        acc = _multiply(acc, step + steps // 2, steps - steps // 2, steps // 2, ring, GATHERED)
         acc = warpgroup_mma_wait(0, deps=(acc,))
+        step += steps
         mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=steps > 0)
         left, right = split_columns(acc.to(DTYPE))
-        part0, part1 = split_columns(left)
-        part2, part3 = split_columns(right)
-        mbarrier.wait(handed.index(1), (handovers & 1) ^ 1)
-        da.index(0).store(part0)
-        da.index(1).store(part1)
-        da.index(2).store(part2)
-        da.index(3).store(part3)
-        mbarrier.arrive(handed.index(0), count=1)
-        handovers += 1  # noqa: SIM113 - a kernel has no enumerate
+        kept = split_columns(right)
+        _hand_over(split_columns(left), da, handed, handovers)
+        handovers += 1
         expert = next_expert
+    if gl.program_id(0) < tiles:
+        _hand_over(kept, da, handed, handovers)
 
 
 @gluon.jit
@@ -84,6 +110,13 @@ def _load_h(h_ptr, row, row_end, col, width, layout: gl.constexpr):
     mask = (rows < row_end)[:, None] & (cols < width)[None, :]
     ptrs = h_ptr + rows.to(gl.int64)[:, None] * (2 * width) + cols[None, :]
     return gl.load(ptrs, mask=mask, other=0.0), gl.load(ptrs + width, mask=mask, other=0.0)
+
+
+@gluon.jit
+def _unit(unit, blocks, row0, col0, HALF: gl.constexpr):
+    """(first row, first column) of a tile's `unit`: its blocks of rows in the left half, then those in the right."""
+    half = gl.where(unit < blocks, 0, 1)
+    return row0 + (unit - half * blocks) * CHUNK_ROWS, col0 + half * HALF
 
 
 @gluon.jit
@@ -98,7 +131,10 @@ def _epilogue(
     GROUP_M: gl.constexpr,
     EPILOGUE_WARPS: gl.constexpr,
 ):
-    """Blocks of CHUNK_ROWS rows, each in four chunks; a chunk's H is asked for a block ahead, over a tile's end too."""
+    """Of each half of a tile its blocks of CHUNK_ROWS rows, of each block two chunks.
+
+    H is asked for two blocks ahead, over the end of a half and of a tile, slots and routing weights a tile ahead.
+    """
     h_ptr, dh_ptr, scaled_a_ptr, ds_ptr, routing_weights_ptr = pointers
     offsets_ptr, gather_ptr = tables[2], tables[3]
     num_m, num_n, num_experts, _K, width, M = sizes
@@ -106,7 +142,7 @@ def _epilogue(
     PARTS: gl.constexpr = da.shape[0]
     BLOCK_M: gl.constexpr = da.shape[1]
     BLOCKS: gl.constexpr = BLOCK_M // CHUNK_ROWS
-    BLOCK_N: gl.constexpr = PARTS * CHUNK_COLS
+    HALF: gl.constexpr = PARTS * CHUNK_COLS
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [EPILOGUE_WARPS, 1], [1, 0])
     column: gl.constexpr = gl.SliceLayout(1, layout)
     flat: gl.constexpr = gl.BlockedLayout([1], [32], [EPILOGUE_WARPS], [0])
@@ -118,12 +154,14 @@ def _epilogue(
     tiles = num_m * num_n
     expert, row0 = place_of(gl.program_id(0), tables, num_m, num_n, num_experts, GROUP_M)
     row_end = gl.load(offsets_ptr + expert + 1)
-    tile_n = tile_of(gl.minimum(gl.program_id(0), tiles - 1), num_m, num_n, GROUP_M)[1]
+    col0 = tile_of(gl.minimum(gl.program_id(0), tiles - 1), num_m, num_n, GROUP_M)[1] * (2 * HALF)
+    blocks = gl.cdiv(gl.minimum(row_end - row0, BLOCK_M), CHUNK_ROWS)
     slot_ahead = gl.load(gather_ptr + row0 + row_of_tile, mask=row0 + row_of_tile < M, other=0)
-    h0 = _load_h(h_ptr, row0, row_end, tile_n * BLOCK_N, width, layout)
-    h1 = _load_h(h_ptr, row0, row_end, tile_n * BLOCK_N + CHUNK_COLS, width, layout)
-    h2 = _load_h(h_ptr, row0, row_end, tile_n * BLOCK_N + 2 * CHUNK_COLS, width, layout)
-    h3 = _load_h(h_ptr, row0, row_end, tile_n * BLOCK_N + 3 * CHUNK_COLS, width, layout)
+    row1, col1 = _unit(1, blocks, row0, col0, HALF)
+    h0 = _load_h(h_ptr, row0, row_end, col0, width, layout)
+    h1 = _load_h(h_ptr, row0, row_end, col0 + CHUNK_COLS, width, layout)
+    h2 = _load_h(h_ptr, row1, row_end, col1, width, layout)
+    h3 = _load_h(h_ptr, row1, row_end, col1 + CHUNK_COLS, width, layout)
     handovers = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         following = tile + gl.num_programs(0)
@@ -132,27 +170,33 @@ def _epilogue(
         if HAS_WEIGHTS:
             scales.store(gl.load(routing_weights_ptr + slot_ahead).to(gl.float32))
         next_end = gl.load(offsets_ptr + next_expert + 1)
-        next_n = tile_of(gl.minimum(following, tiles - 1), num_m, num_n, GROUP_M)[1]
+        next_col0 = tile_of(gl.minimum(following, tiles - 1), num_m, num_n, GROUP_M)[1] * (2 * HALF)
+        next_blocks = gl.cdiv(gl.minimum(next_end - next_row0, BLOCK_M), CHUNK_ROWS)
         slot_ahead = gl.load(gather_ptr + next_row0 + row_of_tile, mask=next_row0 + row_of_tile < M, other=0)
-        blocks = gl.cdiv(gl.minimum(row_end - row0, BLOCK_M), CHUNK_ROWS)
-        mbarrier.wait(handed.index(0), handovers & 1)
-        for block in range(blocks):
+        for unit in range(2 * blocks):
+            half = unit // blocks
+            block = unit - half * blocks
+            if block == 0:
+                mbarrier.wait(handed.index(0), handovers & 1)
+                handovers += 1
             row = row0 + block * CHUNK_ROWS + lane
             row_ok = row < row_end
             if HAS_WEIGHTS:
                 scale = scales._reinterpret(gl.float32, [BLOCKS, CHUNK_ROWS], scales.layout).index(block).load(column)
             else:
                 scale = gl.full([CHUNK_ROWS], 1.0, gl.float32, column)
-            last = block + 1 == blocks
-            ahead_row = gl.where(last, next_row0, row0 + (block + 1) * CHUNK_ROWS)
-            ahead_end = gl.where(last, next_end, row_end)
-            ahead_col = gl.where(last, next_n, tile_n) * BLOCK_N
+            ahead = unit + 2
+            here_row, here_col = _unit(ahead, blocks, row0, col0, HALF)
+            there_row, there_col = _unit(ahead - 2 * blocks, next_blocks, next_row0, next_col0, HALF)
+            here = ahead < 2 * blocks
+            ahead_row, ahead_end = gl.where(here, here_row, there_row), gl.where(here, row_end, next_end)
+            ahead_col = gl.where(here, here_col, there_col)
             ds = gl.zeros([CHUNK_ROWS], gl.float32, column)
             for part in gl.static_range(PARTS):
                 gate, up = h0[0].to(gl.float32), h0[1].to(gl.float32)
                 h0, h1, h2 = h1, h2, h3
                 h3 = _load_h(h_ptr, ahead_row, ahead_end, ahead_col + part * CHUNK_COLS, width, layout)
-                cols = tile_n * BLOCK_N + part * CHUNK_COLS + offs
+                cols = col0 + half * HALF + part * CHUNK_COLS + offs
                 mask = row_ok[:, None] & (cols < width)[None, :]
                 at_h = row.to(gl.int64)[:, None] * (2 * width) + cols[None, :]
                 grad = chunks.index(part * BLOCKS + block).load(layout).to(gl.float32)
@@ -164,15 +208,12 @@ def _epilogue(
                 gl.store(dh_ptr + (at_h + width), (grad * gate * sig).to(DTYPE), mask=mask)
                 at_a = row.to(gl.int64)[:, None] * width + cols[None, :]
                 gl.store(scaled_a_ptr + at_a, (a * scale[:, None]).to(DTYPE), mask=mask)
-            slot = (
-                slots._reinterpret(gl.int32, [BLOCKS, CHUNK_ROWS], slots.layout).index(block).load(column).to(gl.int64)
-            )
-            gl.store(ds_ptr + tile_n.to(gl.int64) * M + slot, ds, mask=row_ok)
-        mbarrier.arrive(handed.index(1), count=1)
-        handovers += 1  # noqa: SIM113
-        row0 = next_row0
-        row_end = next_end
-        tile_n = next_n
+            flat_slots = slots._reinterpret(gl.int32, [BLOCKS, CHUNK_ROWS], slots.layout)
+            slot = flat_slots.index(block).load(column).to(gl.int64)
+            gl.store(ds_ptr + (col0 // HALF + half).to(gl.int64) * M + slot, ds, mask=row_ok)
+            if block + 1 == blocks:
+                mbarrier.arrive(handed.index(1), count=1)
+        row0, row_end, col0, blocks = next_row0, next_end, next_col0, next_blocks
 
 
 @gluon.jit
@@ -210,7 +251,7 @@ def _specialized_dX_dswiglu(
     GATHERED: gl.constexpr = DIVISOR > 0
     ring = make_ring(DTYPE, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, True, 1 + (32 * PRODUCERS if GATHERED else 0))
     da_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, CHUNK_COLS], DTYPE)
-    da = gl.allocate_shared_memory(DTYPE, [BLOCK_N // CHUNK_COLS, BLOCK_M, CHUNK_COLS], da_layout)
+    da = gl.allocate_shared_memory(DTYPE, [BLOCK_N // 2 // CHUNK_COLS, BLOCK_M, CHUNK_COLS], da_layout)
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     rows_of_tile = (  # slots and routing weights, a tile's at a time
         gl.allocate_shared_memory(gl.int32, [BLOCK_M], flat),
@@ -249,10 +290,7 @@ def specialized_dX_dswiglu(
     *,
     dy_divisor: int,
 ) -> None:
-    """Fill dh [T*K,2I], scaled_a [T*K,I] and ds [tiles,T*K]; see `backward_dX.dX_gemm_dswiglu`.
-
-    One of `config.num_stages` is not in the ring: in its place, and a little more, dA waits for the epilogue.
-    """
+    """Fill dh [T*K,2I], scaled_a [T*K,I] and ds [2*tiles,T*K]; see `backward_dX.dX_gemm_dswiglu`."""
     experts, n, k = weight.shape
     w_desc = descriptor(weight, [1, config.block_n, config.block_k])
     x_desc = w_desc if dy_divisor else descriptor(dy, [config.block_m, config.block_n])  # gathered rows take none
@@ -268,7 +306,7 @@ def specialized_dX_dswiglu(
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_k,  # the sum is over n
         BLOCK_K=config.block_n,
-        STAGES=config.num_stages - 1,
+        STAGES=config.num_stages,
         GROUP_M=GROUP_M,
         **WARPS,
     )
