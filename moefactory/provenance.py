@@ -31,7 +31,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
         "moefactory": __version__,
         "commit": commit(),
         "python": platform.python_version(),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",  # no release of a kernel: results are committed
         "packages": {name: _version(name) for name in PACKAGES} | {"torch": torch.__version__},
         "gpu": torch.cuda.get_device_name(device) if on_gpu else None,
         "cuda": torch.version.cuda,
