@@ -29,7 +29,7 @@ from moefactory.triton.plan import make_plan
 
 DEVICE = torch.device("cuda")
 MS = 60  # for a median
-HOST_BATCH, HOST_BATCHES = 10, 20  # fewer launches a batch than the queue holds: no call waits for the GPU
+HOST_BATCH, HOST_BATCHES = 30, 10  # fewer launches a batch than the queue holds: no call waits for the GPU
 
 
 def milliseconds(call) -> float:

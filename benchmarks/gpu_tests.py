@@ -20,7 +20,13 @@ from kernels import versions
 
 SANITIZER_SECONDS = 240
 ROOT = Path(__file__).resolve().parent.parent
-FILES = ("tests/test_triton_*.py", "tests/test_tuning*.py", "tests/test_bench.py", "tests/test_tune_verb.py")
+FILES = (
+    "tests/test_triton_*.py",
+    "tests/test_few_tokens.py",
+    "tests/test_tuning*.py",
+    "tests/test_bench.py",
+    "tests/test_tune_verb.py",
+)
 OUTCOME = re.compile(r"(PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS) (tests/\S+?\.py)::(.*?) *$")
 
 

@@ -16,7 +16,7 @@ import torch
 
 from moefactory.config import KernelConfigBackward_dW, KernelConfigBackward_dX, KernelConfigForward
 from moefactory.routing import route
-from moefactory.triton import specialized_dW, specialized_rows
+from moefactory.triton import specialized_dswiglu, specialized_dW, specialized_rows
 from moefactory.triton.ops import compute_experts
 from moefactory.triton.options import FusedOptions
 from moefactory.triton.plan import make_plan
@@ -52,7 +52,7 @@ def specialized(*, wide_x: bool):
     fwd = KernelConfigForward(block_m=128, block_n=256, block_k=64, num_stages=4, **more)
     dX = KernelConfigBackward_dX(block_m=128, block_n=64, block_k=256, num_stages=4, **more)
     n, k = (128, 256) if wide_x else (256, 128)
-    dW = KernelConfigBackward_dW(block_m=64, block_n=n, block_k=k, num_stages=3, **more)
+    dW = KernelConfigBackward_dW(block_m=64, block_n=n, block_k=k, num_stages=4, **more)
     return tuple((p, g, c) for p, c in (("fwd", fwd), ("bwd_dX", dX), ("bwd_dW", dW)) for g in ("up", "down"))
 
 
@@ -79,7 +79,8 @@ def main() -> None:
             step(dtype, kernels(tma=tma, **chosen), **flags)
             count += 1
     if "specialized" in parts and torch.cuda.get_device_capability() == (9, 0):
-        specialized_rows.num_programs = specialized_dW.num_programs = lambda device: SPECIALIZED_PROGRAMS
+        for module in (specialized_rows, specialized_dswiglu, specialized_dW):
+            module.num_programs = lambda device: SPECIALIZED_PROGRAMS
         for permute, fuse, wide_x in product((True, False), repeat=3):
             flags = dict(zip(names, (permute, permute, fuse, fuse), strict=True))
             step(torch.bfloat16, specialized(wide_x=wide_x), SPECIALIZED_TOKENS, **flags)
