@@ -114,13 +114,17 @@ class Qwen3MoeGroupedGEMMBlock(nn.Module):
             ValueError: a last dimension other than H, or a dtype or device other than the weights'.
         """
         x, gate, gate_up_proj, down_proj = self._inputs(hidden_states)
-        router_logits, routing_weights, selected_experts = self._route(x, gate)
-        plan = self._plan(selected_experts)
+        router_logits, routing_weights, plan = self._routed(x, gate, gate_up_proj)
         out, steps = self._experts(x, routing_weights, plan, gate_up_proj, down_proj)
         out = out.view(hidden_states.shape)
         if steps is None:
             return out, router_logits
         return _result(plan, routing_weights, steps, out), router_logits
+
+    def _routed(self, x: Tensor, gate: Tensor, gate_up_proj: Tensor) -> tuple[Tensor, Tensor, RoutingPlan]:
+        """router -> plan: (router_logits [T,E], routing_weights [T,K], plan). `gate_up_proj`: what reads the plan."""
+        router_logits, routing_weights, selected_experts = self._route(x, gate)
+        return router_logits, routing_weights, self._plan(selected_experts)
 
     def _route(self, x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return route(x, gate, self.model.top_k, self.model.norm_topk_prob)
@@ -317,8 +321,18 @@ class Qwen3MoeFusedGroupedGEMMBlock(Qwen3MoeGroupedGEMMBlock):
         expert_order, unpermuted = (y[plan.gather_indices], y) if token_order else (y, y[plan.scatter_indices])
         return out, ExpertSteps(h, a, expert_order, unpermuted)
 
+    def _routed(self, x: Tensor, gate: Tensor, gate_up_proj: Tensor) -> tuple[Tensor, Tensor, RoutingPlan]:
+        from moefactory.triton import few_tokens, pipeline  # absolute: a relative import takes 1 us at each call
+
+        model, tokens = self.model, x.shape[0]
+        if not few_tokens.few(tokens, model.num_experts):
+            return super()._routed(x, gate, gate_up_proj)
+        logits = F.linear(x, gate)
+        block_m = pipeline.first_block_m(gate_up_proj, tokens * model.top_k, self.fused)
+        return logits, *few_tokens.route(logits, model.top_k, model.norm_topk_prob, block_m)
+
     def _route(self, x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        from moefactory.triton import router  # absolute: a relative import takes 1 us at each call
+        from moefactory.triton import router
 
         logits = F.linear(x, gate)
         return logits, *router.select(logits, self.model.top_k, self.model.norm_topk_prob)

@@ -32,6 +32,9 @@ class RoutingPlan:
         scatter_indices: [T*K] int32, flat slot -> expert-order row.
         top_k: K.
         offsets: [E+2] int32, `group_offsets` where it was made along the way; else it is made when asked for.
+        table: the tile table of `moefactory.triton.schedule` where it was made along the way: tile_expert, tile_row
+            and num_tiles of row tiles of `block_m`.
+        block_m: 0 without a table.
     """
 
     token_counts_by_expert: Tensor
@@ -39,6 +42,8 @@ class RoutingPlan:
     scatter_indices: Tensor
     top_k: int
     offsets: Tensor | None = None
+    table: tuple[Tensor, Tensor, Tensor] | None = None
+    block_m: int = 0
 
     @property
     def num_experts(self) -> int:

@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -125,11 +126,12 @@ class Driver:
         return bytes((ctypes.c_ubyte * self.number("length")).in_dll(self._library, "noted"))
 
 
-def _step(**options: Any) -> list[str]:
-    """A forward and a backward of the experts; the names of what was launched."""
+def _step(few: bool = False, **options: Any) -> list[str]:
+    """A forward and a backward of the experts; the names of what was launched. `few`: the plan is made on the way."""
     import fused
     import torch
 
+    from moefactory.triton import few_tokens
     from moefactory.triton.launch import record_launches
     from moefactory.triton.ops import compute_experts
 
@@ -137,7 +139,8 @@ def _step(**options: Any) -> list[str]:
     leaves = [t.clone().requires_grad_() for t in p.leaves]
     flags = {name: options.pop(name, True) for name in fused.FLAGS}
     with record_launches() as names:
-        out, _ = compute_experts(leaves[0], leaves[1], p.plan, *leaves[2:], fused.options(flags, 2, **options))
+        weights, plan = few_tokens.route(leaves[0][:, :4].contiguous(), 2, True, 16) if few else (leaves[1], p.plan)
+        out, _ = compute_experts(leaves[0], weights, plan, *leaves[2:], fused.options(flags, 2, **options))
         out.backward(p.dy)
     return names
 
@@ -146,7 +149,17 @@ def same_parameters(driver: Driver) -> dict[str, bool]:
     """{launch: whether the driver is told what Triton tells it}, each looked at once its kernel is known."""
     import fused
 
-    from moefactory.triton import activation, backward_dW, backward_dX, combine, gather, launch, schedule
+    from moefactory.triton import (
+        activation,
+        backward_dW,
+        backward_dX,
+        combine,
+        few_tokens,
+        gather,
+        launch,
+        router,
+        schedule,
+    )
 
     found: dict[str, bool] = {}
     real = launch.launch
@@ -167,12 +180,13 @@ def same_parameters(driver: Driver) -> dict[str, bool]:
 
     from moefactory.triton import forward
 
-    users = (activation, backward_dW, backward_dX, combine, forward, gather, schedule)
+    users = (activation, backward_dW, backward_dX, combine, few_tokens, forward, gather, router, schedule)
     for user in users:
         user.launch = comparing  # type: ignore[attr-defined]
     for flags in (fused.COMBINATIONS[0], fused.COMBINATIONS[-1]):
         options = {**flags, "kernels": fused.tma_kernels(flags)}
         _step(**options)
+    _step(few=True)
     for user in users:
         user.launch = real  # type: ignore[attr-defined]
     return found
@@ -231,17 +245,18 @@ def played(driver: Driver) -> list[dict[str, Any]]:
 
     direct.Direct.call = noting  # type: ignore[method-assign]
     found = []
-    for flags in fused.COMBINATIONS:
+    for few, flags in [*product((False,), fused.COMBINATIONS), (True, fused.COMBINATIONS[0])]:
         lookup.forget()
-        _step(**flags, kernels=fused.tma_kernels(flags))  # compiles
+        _step(few, **flags, kernels=fused.tma_kernels(flags))  # compiles
         lookup.forget()
         steps = []
         for _ in range(4):
             told.clear()
-            names = _step(**flags, kernels=fused.tma_kernels(flags))
+            names = _step(few, **flags, kernels=fused.tma_kernels(flags))
             steps.append([names, [list(one) for one in told]])
         tapes = [type(kept).__name__ for kept in replay._tapes.values()]
-        found.append({"same": all(one == steps[0] for one in steps), "launches": len(steps[0][1]), "tapes": tapes})
+        same = all(one == steps[0] for one in steps)
+        found.append({"same": same, "launches": len(steps[0][1]), "tapes": tapes, "few": few, "names": names})
     direct.Direct.call = call  # type: ignore[method-assign]
     return found
 

@@ -36,8 +36,9 @@ from moefactory.config import (
 from moefactory.reference import ExpertOptions
 from moefactory.reference import compute_experts as torch_experts
 from moefactory.routing import RoutingPlan, make_plan
-from moefactory.triton import lookup
+from moefactory.triton import few_tokens, lookup
 from moefactory.triton.options import FusedOptions
+from moefactory.triton.plan import BLOCK_ALONE
 
 GPU = os.environ.get("MOEFACTORY_TEST_GPU", "") == "1"
 DEVICE = "cuda" if GPU else "cpu"
@@ -330,6 +331,14 @@ def differing(left: Tensors, right: Tensors) -> list[str]:
 # --- which kernels run ------------------------------------------------------------------------------------------------
 
 
+def expected_front(tokens: int, experts: int, top_k: int) -> list[str]:
+    """The kernels from the logits to the plan, for at least one token."""
+    if few_tokens.few(tokens, experts):
+        return ["route_few_tokens"]
+    alone = tokens * top_k <= BLOCK_ALONE
+    return ["route_forward", *(["plan_alone"] if alone else ["plan_histogram", "plan_prefix", "plan_positions"])]
+
+
 def expected_forward(flags: dict[str, bool]) -> list[str]:
     """The kernels of a forward over at least one row, tile tables left out, in order."""
     permute = [] if flags["permute_x"] else ["gather_rows"]
@@ -362,6 +371,12 @@ def expected_backward(
     if up:
         names += ["gather_rows", "dW"] if gather_first[0] or not flags["permute_x"] else ["dW"]
     return names
+
+
+def indices(plan: RoutingPlan) -> tuple[Any, ...]:
+    """A plan as the experts' operators take it."""
+    plain = (plan.group_offsets, plan.gather_indices, plan.scatter_indices)
+    return *plain, *(plan.table or (None,) * 3), plan.block_m
 
 
 def without_tables(names: list[str]) -> list[str]:

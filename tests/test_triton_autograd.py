@@ -128,8 +128,7 @@ def test_gradcheck_notices_a_wrong_formula(monkeypatch: pytest.MonkeyPatch) -> N
 
 def forward_arguments(p: fused.Problem, o: FusedOptions, save_h: bool, trace: bool, requires: bool = True) -> Any:
     x, s, up, down = leaves_of(p, (requires,) * 4)
-    indices = (p.plan.group_offsets, p.plan.gather_indices, p.plan.scatter_indices)
-    return x, s, up, down, *indices, o.text, save_h, trace
+    return x, s, up, down, *fused.indices(p.plan), o.text, save_h, trace
 
 
 @by_edge
@@ -185,7 +184,7 @@ def test_autograd_without_the_dispatcher(flags: dict[str, bool], monkeypatch: py
     found = []
     for observed in (False, True):
         monkeypatch.setattr(library, "_observed", lambda observed=observed: observed)
-        with record_launches() as names, torch.profiler.profile() as profile:
+        with record_launches() as names, torch.profiler.profile(acc_events=True) as profile:
             results = step(block, block, x, dy)
         packed, _ = saved_by(lambda: block(x.clone().requires_grad_())[0])
         called = any(event.name.startswith("moefactory::") for event in profile.events())
@@ -220,7 +219,7 @@ def test_compiled_without_a_graph_break(flags: dict[str, bool]) -> None:
         return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
 
     compiled = torch.compile(block, backend=backend, fullgraph=True, dynamic=True)
-    for tokens in (9, 6, 13):
+    for tokens in (70, 66, 90):  # few are a graph of their own where their number is known, else these kernels
         x, dy = block_data(tokens)
         with record_launches() as names:  # compiled first: nothing may rely on an eager call before
             got = step(compiled, block, x, dy)
@@ -544,7 +543,7 @@ def test_checkpoint(flags: dict[str, bool], reentrant: bool) -> None:
     with record_launches() as names:
         got = step(lambda x: checkpoint(block, x, use_reentrant=reentrant), block, x, dy)
     assert differing(got, expected) == []
-    assert names.count("route_forward") == 2
+    assert names.count("route_few_tokens") == 2
 
 
 def test_two_backwards_need_retain_graph() -> None:

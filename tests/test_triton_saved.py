@@ -81,7 +81,7 @@ def test_what_is_held() -> None:
 def test_dh_takes_the_memory_of_h(flags: dict[str, bool]) -> None:
     """With h_reused the backward leaves dH where H was, and only then is H written to."""
     p = fused.problem(SHAPE, torch.float32).to(DEVICE)
-    indices = (p.plan.group_offsets, p.plan.gather_indices, p.plan.scatter_indices)
+    indices = fused.indices(p.plan)
     tensors = (p.x, p.routing_weights, p.gate_up_proj, p.down_proj)
     dout = p.dy if flags["fuse_combine"] else p.dy.repeat_interleave(SHAPE.top_k, 0)
     before = experts_forward(*tensors, *indices, saving(flags, "h").text, True, False)[1]

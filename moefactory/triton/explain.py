@@ -9,6 +9,7 @@ import torch
 
 from ..config import GEMMS, PASSES, DType, KernelConfig
 from .choice import Launch, bucket, choose
+from .few_tokens import few
 
 if TYPE_CHECKING:
     from ..block import Qwen3MoeFusedGroupedGEMMBlock
@@ -32,9 +33,10 @@ def launches(block: Qwen3MoeFusedGroupedGEMMBlock, num_tokens: int) -> list[Laun
 
 
 def explain(block: Qwen3MoeFusedGroupedGEMMBlock, num_tokens: int) -> str:
-    """One line for each grouped GEMM: pass, GEMM, what is fused into it, its config and where that is from."""
+    """A line on the rows, then one a grouped GEMM: pass, GEMM, what is fused, its config and where that is from."""
     rows = num_tokens * block.model.top_k
-    lines = [f"backend triton: {rows} rows, {rows / block.model.num_experts:.4g} per expert"]
+    front = "; router, plan and tile table in one launch" if few(num_tokens, block.model.num_experts) else ""
+    lines = [f"backend triton: {rows} rows, {rows / block.model.num_experts:.4g} per expert{front}"]
     for launch in launches(block, num_tokens):
         config, origin = choose(launch, block.gate.device)
         values = " ".join(f"{k}={v}" for k, v in asdict(config).items() if v is not False)

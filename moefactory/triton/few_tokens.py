@@ -26,11 +26,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..routing import RoutingPlan
 from .launch import accumulator, launch, on_device, power_of_2
+from .library import call, define, refuse_forward_mode
+from .router import differentiate_router
 
 MIN_TOKENS, MAX_TOKENS = 8, 64  # the router's rows a program; the bits of a word, and at two a warp all the warps
 MAX_EXPERTS = 128  # with more than MIN_TOKENS: beyond, warps share a row, and more of them add in another order
-MAX_LOGITS = 8192  # padded tokens times padded experts
+MAX_ROW = 1024  # experts, padded: with MIN_TOKENS rows as many logits as MAX_TOKENS rows of MAX_EXPERTS
 
 
 @triton.jit
@@ -150,15 +153,39 @@ def _route_few_tokens(
 
 
 def few(tokens: int, num_experts: int) -> bool:
-    """Whether `route_few_tokens` takes this many."""
-    most = MAX_TOKENS if num_experts <= MAX_EXPERTS else MIN_TOKENS
-    return 0 < tokens <= most and _padded(tokens) * power_of_2(num_experts) <= MAX_LOGITS
+    """Whether `route_few_tokens` takes this many. Where a graph is for any number of tokens, they are not few."""
+    most = MAX_TOKENS if num_experts <= MAX_EXPERTS else MIN_TOKENS if num_experts <= MAX_ROW else 0
+    if torch.compiler.is_compiling():
+        from torch.fx.experimental.symbolic_shapes import statically_known_true  # imports sympy
+
+        return bool(statically_known_true(tokens > 0) and statically_known_true(tokens <= most))
+    return 0 < tokens <= most
 
 
 def _padded(tokens: int) -> int:
     return max(MIN_TOKENS, power_of_2(tokens))
 
 
+def _empty(logits: Tensor, top_k: int, norm_topk_prob: bool, block_m: int) -> tuple[Tensor, ...]:
+    """Room for the results of `route_few_tokens`; its fake."""
+    tokens, experts = logits.shape
+    slots, device = tokens * top_k, logits.device
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    max_tiles = slots // block_m + torch.sym_min(experts + 1, slots)  # the tile table's bound
+    sizes = (experts + 1, experts + 2, slots, slots, max_tiles, max_tiles, 1)
+    return (
+        torch.empty(tokens, top_k, dtype=logits.dtype, device=device),
+        torch.empty(tokens, top_k, dtype=torch.int64, device=device),
+        torch.empty(tokens if norm_topk_prob else 0, top_k, dtype=wide, device=device),
+        *(torch.empty(n, dtype=torch.int32, device=device) for n in sizes),
+    )
+
+
+@define(
+    "route_few_tokens(Tensor logits, int top_k, bool norm_topk_prob, int block_m) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _empty,
+)
 def route_few_tokens(logits: Tensor, top_k: int, norm_topk_prob: bool, block_m: int) -> tuple[Tensor, ...]:
     """Router, plan and tile table of `few` tokens' logits [T,E], in one launch.
 
@@ -173,16 +200,9 @@ def route_few_tokens(logits: Tensor, top_k: int, norm_topk_prob: bool, block_m: 
     tokens, experts = logits.shape
     if not few(tokens, experts):
         raise ValueError(f"logits: got {tokens} tokens of {experts} experts; see moefactory.triton.few_tokens.few")
-    device, slots = logits.device, tokens * top_k
+    device = logits.device
     wide = torch.promote_types(logits.dtype, torch.float32)
-    max_tiles = slots // block_m + min(experts + 1, slots)  # the tile table's bound
-    sizes = (experts + 1, experts + 2, slots, slots, max_tiles, max_tiles, 1)
-    out = (
-        torch.empty(tokens, top_k, dtype=logits.dtype, device=device),
-        torch.empty(tokens, top_k, dtype=torch.int64, device=device),
-        torch.empty(tokens if norm_topk_prob else 0, top_k, dtype=wide, device=device),
-        *(torch.empty(n, dtype=torch.int32, device=device) for n in sizes),
-    )
+    out = _empty(logits, top_k, norm_topk_prob, block_m)
     padded = _padded(tokens)
     with on_device(device):
         launch(
@@ -203,3 +223,15 @@ def route_few_tokens(logits: Tensor, top_k: int, norm_topk_prob: bool, block_m: 
             num_warps=padded // 2,
         )
     return out
+
+
+differentiate_router(route_few_tokens)
+
+
+def route(logits: Tensor, top_k: int, norm_topk_prob: bool, block_m: int) -> tuple[Tensor, RoutingPlan]:
+    """(routing_weights [T,K], the plan with the tile table of `block_m`) of `few` tokens' logits [T,E]."""
+    refuse_forward_mode(logits)
+    out = call(route_few_tokens, logits, top_k, norm_topk_prob, block_m)
+    weights, _, _, counts, offsets, gather, scatter, tile_expert, tile_row, num_tiles = out
+    table = (tile_expert, tile_row, num_tiles)
+    return weights, RoutingPlan(counts[: logits.shape[1]], gather, scatter, top_k, offsets, table, block_m)

@@ -57,6 +57,11 @@ def call(operator: Any, *args: Any) -> Any:
     return _IMPLEMENTATIONS.get(operator, operator)(*args)
 
 
+def traced(tensor: torch.Tensor) -> bool:
+    """Whether this tensor may stand for another: it need not have an address then."""
+    return torch.compiler.is_compiling() or _observed() or type(tensor) not in _PLAIN
+
+
 def _observed() -> bool:
     return (
         torch._C._len_torch_dispatch_stack() > 0

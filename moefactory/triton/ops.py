@@ -18,6 +18,12 @@ from .options import FusedOptions, parse
 from .pipeline import Pipeline, empty_like_none
 
 
+def _table(
+    tile_expert: Tensor | None, tile_row: Tensor | None, num_tiles: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    return None if tile_expert is None or tile_row is None or num_tiles is None else (tile_expert, tile_row, num_tiles)
+
+
 def _forward_fake(
     x: Tensor,
     routing_weights: Tensor,
@@ -26,6 +32,10 @@ def _forward_fake(
     offsets: Tensor,
     gather: Tensor,
     scatter: Tensor,
+    tile_expert: Tensor | None,
+    tile_row: Tensor | None,
+    num_tiles: Tensor | None,
+    block_m: int,
     options: str,
     save_h: bool,
     trace: bool,
@@ -46,12 +56,17 @@ def _experts_forward(
     offsets: Tensor,
     gather: Tensor,
     scatter: Tensor,
+    tile_expert: Tensor | None,
+    tile_row: Tensor | None,
+    num_tiles: Tensor | None,
+    block_m: int,
     options: str,
     save_h: bool,
     trace: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """`experts_forward`, with None for what is not asked for."""
-    pipeline = Pipeline(offsets, gather, scatter, parse(options), gate_up_proj, down_proj)
+    table = _table(tile_expert, tile_row, num_tiles)
+    pipeline = Pipeline(offsets, gather, scatter, parse(options), gate_up_proj, down_proj, table, block_m)
     x = aligned(x)
     with on_device(x.device):
         a, h = pipeline.up(x, save_h=save_h or trace)
@@ -62,7 +77,8 @@ def _experts_forward(
 
 @define(
     "experts_forward(Tensor x, Tensor routing_weights, Tensor gate_up_proj, Tensor down_proj, Tensor offsets, "
-    "Tensor gather, Tensor scatter, str options, bool save_h, bool trace) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor gather, Tensor scatter, Tensor? tile_expert, Tensor? tile_row, Tensor? num_tiles, int block_m, "
+    "str options, bool save_h, bool trace) -> (Tensor, Tensor, Tensor, Tensor)",
     _forward_fake,
 )
 def experts_forward(
@@ -73,13 +89,17 @@ def experts_forward(
     offsets: Tensor,
     gather: Tensor,
     scatter: Tensor,
+    tile_expert: Tensor | None,
+    tile_row: Tensor | None,
+    num_tiles: Tensor | None,
+    block_m: int,
     options: str,
     save_h: bool,
     trace: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(out, h, a, y): out [T,H], or token-order rows [T*K,H] without fuse_combine; h with `save_h`; a, y to trace."""
-    tensors = (x, routing_weights, gate_up_proj, down_proj, offsets, gather, scatter)
-    out, h, a, y = _experts_forward(*tensors, options, save_h, trace)
+    tensors = (x, routing_weights, gate_up_proj, down_proj, offsets, gather, scatter, tile_expert, tile_row, num_tiles)
+    out, h, a, y = _experts_forward(*tensors, block_m, options, save_h, trace)
     return out, empty_like_none(h, x), empty_like_none(a, x), empty_like_none(y, x)
 
 
@@ -93,6 +113,10 @@ def _backward_fake(
     offsets: Tensor,
     gather: Tensor,
     scatter: Tensor,
+    tile_expert: Tensor | None,
+    tile_row: Tensor | None,
+    num_tiles: Tensor | None,
+    block_m: int,
     options: str,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -103,7 +127,8 @@ def _backward_fake(
 
 @define(
     "experts_backward(Tensor dout, Tensor x, Tensor routing_weights, Tensor gate_up_proj, Tensor down_proj, Tensor h, "
-    "Tensor offsets, Tensor gather, Tensor scatter, str options, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor offsets, Tensor gather, Tensor scatter, Tensor? tile_expert, Tensor? tile_row, Tensor? num_tiles, "
+    "int block_m, str options, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward_fake,
 )
 def experts_backward(
@@ -116,12 +141,17 @@ def experts_backward(
     offsets: Tensor,
     gather: Tensor,
     scatter: Tensor,
+    tile_expert: Tensor | None,
+    tile_row: Tensor | None,
+    num_tiles: Tensor | None,
+    block_m: int,
     options: str,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of (x, routing_weights, gate_up_proj, down_proj); one that `needs` does not ask for is empty."""
     need_x, need_s, need_up, need_down = needs
-    pipeline = Pipeline(offsets, gather, scatter, parse(options), gate_up_proj, down_proj)
+    table = _table(tile_expert, tile_row, num_tiles)
+    pipeline = Pipeline(offsets, gather, scatter, parse(options), gate_up_proj, down_proj, table, block_m)
     need_dh = need_x or need_s or need_up
     x, dout = aligned(x), aligned(dout)
     with on_device(x.device):
@@ -140,17 +170,17 @@ def experts_backward(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
-    x, routing_weights, gate_up_proj, down_proj, offsets, gather, scatter, options, save_h, _ = inputs
+    x, routing_weights, gate_up_proj, down_proj, *plan, block_m, options, save_h, _ = inputs
     ctx.mark_non_differentiable(*(t for t in output[1:] if t is not None))
     ctx.set_materialize_grads(False)  # h, a and y get no gradient: no zeros of their size
-    ctx.options, ctx.saved_h, ctx.spent = options, save_h, False
+    ctx.block_m, ctx.options, ctx.saved_h, ctx.spent = block_m, options, save_h, False
     h = empty_like_none(output[1], x)
-    ctx.save_for_backward(x, routing_weights, gate_up_proj, down_proj, h, offsets, gather, scatter)
+    ctx.save_for_backward(x, routing_weights, gate_up_proj, down_proj, h, *plan)
 
 
 def _backward(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if dout is None:
-        return (None,) * 10
+        return (None,) * 14
     saved = parse(ctx.options).saved
     if not ctx.saved_h and saved != "x":
         raise RuntimeError("moefactory: this forward ran without gradients, nothing was saved for a backward")
@@ -159,11 +189,9 @@ def _backward(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, .
             "moefactory: a second backward, but saved=h_reused wrote dH over H in the first; set saved=h"
         )
     ctx.spent = saved == "h_reused"
-    x, routing_weights, gate_up_proj, down_proj, h, offsets, gather, scatter = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:4])
-    tensors = (dout.contiguous(), x, routing_weights, gate_up_proj, down_proj, h, offsets, gather, scatter)
-    grads = call(experts_backward, *tensors, ctx.options, needs)
-    return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), *(None,) * 6)
+    grads = call(experts_backward, dout.contiguous(), *ctx.saved_tensors, ctx.block_m, ctx.options, needs)
+    return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), *(None,) * 10)
 
 
 differentiate(experts_forward, _backward, _save, _experts_forward)
@@ -194,9 +222,9 @@ def compute_experts(
     save_h = options.saved != "x" and torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     if options.saved == "h_reused" and torch.compiler.is_compiling():
         raise RuntimeError("moefactory: saved=h_reused cannot be compiled, a graph may run twice; set saved=h or x")
-    indices = (plan.group_offsets, plan.gather_indices, plan.scatter_indices)
+    indices = (plan.group_offsets, plan.gather_indices, plan.scatter_indices, *(plan.table or (None,) * 3))
     refuse_forward_mode(*tensors)
-    out, h, a, y = call(experts_forward, *tensors, *indices, options.text, save_h, trace)
+    out, h, a, y = call(experts_forward, *tensors, *indices, plan.block_m, options.text, save_h, trace)
     if not options.fuse_combine:
         if trace:
             y = out.detach()

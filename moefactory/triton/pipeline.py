@@ -22,10 +22,35 @@ from .choice import Launch, bucket, choose
 from .combine import combine_rows
 from .forward import Rows, forward_gemm
 from .gather import gather_rows
+from .library import traced
 from .options import FusedOptions
 from .schedule import TileTable, tile_table
 
+FEW_ROWS = 16  # the height of a row tile where experts have few rows each
 _launches: dict[tuple[Any, ...], Launch] = {}  # made once: building and hashing one took a sixth of a call's host time
+
+
+def config_of(pass_name: str, gemm: str, weight: Tensor, num_rows: int, options: FusedOptions) -> KernelConfig:
+    """The kernel config of a grouped GEMM over `num_rows` rows: a stated, tuned or shipped one (`choice`)."""
+    shape = weight.shape
+    rows = bucket(num_rows, shape[0])
+    aligned = weight.data_ptr() % 16 == 0
+    key = (pass_name, gemm, shape, weight.dtype, rows, options.text, aligned)
+    launch = _launches.get(key)
+    if launch is None:
+        experts, n, k = shape
+        dtype = DType(str(weight.dtype).removeprefix("torch."))
+        launch = _launches[key] = Launch(pass_name, gemm, experts, n, k, rows, dtype, options, aligned)
+    return choose(launch, weight.device)[0]
+
+
+def first_block_m(gate_up_proj: Tensor, num_rows: int, options: FusedOptions) -> int:
+    """The rows of a tile in the first GEMM, for who makes its tile table before it.
+
+    Where code is traced, a weight has no address and a shape may have no number: then the usual height for few rows. A
+    table of another height than a GEMM's is not used.
+    """
+    return FEW_ROWS if traced(gate_up_proj) else config_of("fwd", "up", gate_up_proj, num_rows, options).block_m
 
 
 class Pipeline:
@@ -36,6 +61,7 @@ class Pipeline:
         gather, scatter: the plan's indices [T*K].
         options: flags and stated configs.
         gate_up_proj, down_proj: [E,2I,H], [E,H,I].
+        table: the plan's tile table, for row tiles of `block_m`; those of other heights are made here.
     """
 
     def __init__(
@@ -46,24 +72,18 @@ class Pipeline:
         options: FusedOptions,
         gate_up_proj: Tensor,
         down_proj: Tensor,
+        table: tuple[Tensor, Tensor, Tensor] | None = None,
+        block_m: int = 0,
     ) -> None:
         self.offsets, self.gather, self.scatter, self.options = offsets, gather, scatter, options
         self.weights = {"up": gate_up_proj, "down": down_proj}
         self.num_rows = gather.shape[0]
         self._by_block: dict[int, Rows] = {}
+        if table is not None:
+            self._by_block[block_m] = Rows(offsets, gather, options.top_k, TileTable(*table, table[0].shape[0]))
 
     def _config(self, pass_name: str, gemm: str) -> KernelConfig:
-        weight = self.weights[gemm]
-        shape = weight.shape
-        rows = bucket(self.num_rows, shape[0])
-        aligned = weight.data_ptr() % 16 == 0
-        key = (pass_name, gemm, shape, weight.dtype, rows, self.options.text, aligned)
-        launch = _launches.get(key)
-        if launch is None:
-            experts, n, k = shape
-            dtype = DType(str(weight.dtype).removeprefix("torch."))
-            launch = _launches[key] = Launch(pass_name, gemm, experts, n, k, rows, dtype, self.options, aligned)
-        return choose(launch, weight.device)[0]
+        return config_of(pass_name, gemm, self.weights[gemm], self.num_rows, self.options)
 
     def _rows(self, block_m: int) -> Rows:
         """The rows with the tile table of this block size; two GEMMs of one block size share it."""

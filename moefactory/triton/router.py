@@ -198,21 +198,27 @@ def select(logits: Tensor, top_k: int, norm_topk_prob: bool) -> tuple[Tensor, Te
     return weights, selected
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    logits, _, ctx.norm_topk_prob = inputs
-    ctx.num_experts = logits.shape[1]
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, _, ctx.norm_topk_prob, *_ = inputs
+    ctx.num_experts, ctx.constants = logits.shape[1], len(inputs) - 1
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[2] if ctx.norm_topk_prob else logits, output[1])
 
 
-def _backward(ctx: Any, dweights: Tensor | None, *_: None) -> tuple[Tensor | None, None, None]:
+def _backward(ctx: Any, dweights: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    constants = (None,) * ctx.constants
     if dweights is None:
-        return None, None, None
+        return None, *constants
     saved, selected = ctx.saved_tensors
     dlogits = call(top_k_softmax_backward, dweights, saved, selected, ctx.num_experts, ctx.norm_topk_prob)
-    return dlogits, None, None
+    return dlogits, *constants
 
 
-differentiate(top_k_softmax, _backward, _save)
+def differentiate_router(operator: Any) -> None:
+    """Register the backward of an operator that takes and returns what `top_k_softmax` does, then anything else."""
+    differentiate(operator, _backward, _save)
+
+
+differentiate_router(top_k_softmax)
 differentiate(top_k_softmax_backward, no_second_derivative)
