@@ -104,7 +104,9 @@ def _grouped_dX(
     following = rows_of_tile(tl.program_id(0), num_m, num_k, tables, BLOCK_M, GROUP_M)
     for tile in tl.range(tl.program_id(0), num_m * num_k, tl.num_programs(0), flatten=FLATTEN):
         expert, row0, row_end, slot = following
-        following = rows_of_tile(tile + tl.num_programs(0), num_m, num_k, tables, BLOCK_M, GROUP_M)
+        # a program with one tile has nothing to wait for; in wide dSwiGLU the branch costs registers, and they are full
+        if (DSWIGLU and BLOCK_K > 128) or tile + tl.num_programs(0) < num_m * num_k:
+            following = rows_of_tile(tile + tl.num_programs(0), num_m, num_k, tables, BLOCK_M, GROUP_M)
         _, tile_k = tile_of(tile, num_m, num_k, GROUP_M)
         offs_m = row0 + tl.arange(0, BLOCK_M)
         row_mask = offs_m < row_end

@@ -86,7 +86,8 @@ def _grouped_forward(
     following = rows_of_tile(tl.program_id(0), num_m, num_n, tables, BLOCK_M, GROUP_M)
     for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0), flatten=FLATTEN):
         expert, row0, row_end, slot = following
-        following = rows_of_tile(tile + tl.num_programs(0), num_m, num_n, tables, BLOCK_M, GROUP_M)
+        if tile + tl.num_programs(0) < num_m * num_n:  # of few tokens a program has one tile: nothing to wait for
+            following = rows_of_tile(tile + tl.num_programs(0), num_m, num_n, tables, BLOCK_M, GROUP_M)
         _, tile_n = tile_of(tile, num_m, num_n, GROUP_M)
         offs_m = row0 + tl.arange(0, BLOCK_M)
         row_mask = offs_m < row_end
