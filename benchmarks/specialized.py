@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from itertools import product
 from statistics import median
 
 import torch
@@ -25,6 +24,7 @@ from moefactory.triton.forward import Rows, forward_gemm
 from moefactory.triton.options import FusedOptions
 from moefactory.triton.schedule import tile_table
 
+SIZES = {"qwen3_30b_a3b": (16384, 4096, 1024, 512, 256), "qwen3_235b_a22b": (16384, 4096, 1024)}
 ROUNDS, ROUND_MS = 5, 8.0
 FORWARD = KernelConfigForward(128, 256, 64, 8, 4, warp_specialize=True)
 DX = KernelConfigBackward_dX(128, 64, 256, 8, 4, warp_specialize=True)
@@ -144,7 +144,7 @@ def families(name: str, tokens: int) -> dict[str, tuple[Callable[[], object], Ca
 
 def main() -> None:
     found = []
-    for name, tokens in product(("qwen3_30b_a3b", "qwen3_235b_a22b"), (16384, 4096, 1024, 512, 256)):
+    for name, tokens in ((name, t) for name, counts in SIZES.items() for t in counts):
         for gemm, (dense, variants) in families(name, tokens).items():
             times = taking_turns({"dense": dense, **variants})
             dense_ms = times.pop("dense")
