@@ -24,7 +24,7 @@ import moefactory.triton
 from moefactory.block import Qwen3MoeFusedGroupedGEMMBlock
 from moefactory.config import KernelConfigBackward_dW, ResolvedModel
 from moefactory.routing import make_plan
-from moefactory.triton import launch, library, pipeline, plan
+from moefactory.triton import few_tokens, launch, library, pipeline, plan, router
 from moefactory.triton.forward import Rows
 from moefactory.triton.schedule import TileTable
 
@@ -283,6 +283,36 @@ DEFECTS: dict[str, Defect] = {
         "left = tl.where(offs_e[None, :] == expert[:, None], -1.0, left)",
         "left = tl.where((offs_e[None, :] == expert[:, None]) & (k == 0), -1.0, left)",
     ),
+    "few tokens: not normalised": Defect(
+        "few_tokens.py",
+        "if NORM:\n        weights = weights /",
+        "if NORM:\n        weights = 1.1 * weights /",
+    ),
+    "few tokens: the second best twice": Defect(
+        "few_tokens.py",
+        "key = tl.where(offs_e[None, :] == expert[:, None], -1, key)",
+        "key = tl.where((offs_e[None, :] == expert[:, None]) & (k == 0), -1, key)",
+    ),
+    "few tokens: an expert's rows start one late": Defect(
+        "few_tokens.py",
+        "starts = (ends & 0xFFFF) - counts",
+        "starts = (ends & 0xFFFF) - counts + (offs_e > 0)",
+    ),
+    "few tokens: a token counted among the earlier": Defect(
+        "few_tokens.py",
+        "earlier = (tl.full((TOKENS * SLOTS,), 1, WORD) << token.to(WORD)) - 1",
+        "earlier = (tl.full((TOKENS * SLOTS,), 2, WORD) << token.to(WORD)) - 1",
+    ),
+    "few tokens: every tile of an expert is its first": Defect(
+        "few_tokens.py",
+        "starts + tile * BLOCK_M, mask=tile < tiles",
+        "starts, mask=tile < tiles",
+    ),
+    "few tokens: scatter is gather": Defect(
+        "few_tokens.py",
+        "tl.store(scatter_ptr + slot, row, mask=mask)",
+        "tl.store(scatter_ptr + row, slot, mask=mask)",
+    ),
 }
 
 
@@ -308,8 +338,12 @@ def plant(defect: Defect, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
     with monkeypatch.context() as patch:  # operators are registered once in a process: the real ones get new kernels
         patch.setattr(library, "define", lambda schema, fake: lambda function: function)
         patch.setattr(library, "differentiate", lambda *anything: None)
+        patch.setattr(router, "differentiate", lambda *anything: None)
         spec.loader.exec_module(module)
     real = sys.modules[f"moefactory.triton.{stem}"]
+    for key, value in vars(real).items():
+        if isinstance(value, torch._ops.OpOverload):
+            setattr(module, key, value)
     swaps = {id(value): getattr(module, key) for key, value in vars(real).items() if _own(value, real)}
     for key, user in list(sys.modules.items()):
         if key.startswith("moefactory") and user is not module:
@@ -365,10 +399,12 @@ def rounding_of_dW() -> list[str]:
     return [] if ((got.double() - exact).abs() <= bound).all() else ["dW: rounded more than once"]
 
 
-def whole_block() -> list[str]:
+def whole_block(tokens: int = 60, flags: dict[str, bool] = ON) -> list[str]:
+    """The router, too: at up to 64 tokens in one launch with the plan. Experts have several tiles."""
     weights = judge.unit_weights(MODEL, torch.float32)
-    block = Qwen3MoeFusedGroupedGEMMBlock(MODEL, *(weights[name].clone() for name in judge.WEIGHTS))
-    x, dy = judge.unit_tokens(60, MODEL, torch.float32, 7), judge.unit_tokens(60, MODEL, torch.float32, 8)
+    tiles: Any = {"autotune": False, "kernel_config_fwd": small_kernels()[0][2]}
+    block = Qwen3MoeFusedGroupedGEMMBlock(MODEL, *(weights[name].clone() for name in judge.WEIGHTS), **flags, **tiles)
+    x, dy = judge.unit_tokens(tokens, MODEL, torch.float32, 7), judge.unit_tokens(tokens, MODEL, torch.float32, 8)
     exact = judge.oracle(MODEL, weights, x, dy, judge.held_routing(MODEL, weights, x))
     return judge.complaints(judge.run_block(block, x, dy), judge.run_hf(MODEL, weights, x, dy), exact, torch.float32)
 
@@ -387,6 +423,8 @@ BATTERY: list[Check] = [
     experts(GAPS, {**OFF, "fuse_swiglu": True}, tma_kernels({**OFF, "fuse_swiglu": True}), programs=2),
     rounding_of_dW,
     whole_block,
+    lambda: whole_block(flags=OFF),
+    lambda: whole_block(few_tokens.MAX_TOKENS + 1),
     plan_of_dropped_ids,
     integers,
 ]
@@ -412,6 +450,14 @@ def test_the_battery_accepts_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     plant(Defect("forward.py", "@triton.jit", "@triton.jit"), tmp_path, monkeypatch)
     assert pipeline.forward_gemm.__module__ == "moefactory.triton.forward_with_a_defect"
     assert experts(GAPS, ON, small_kernels())() == []
+
+
+@pytest.mark.parametrize("file", ["router.py", "few_tokens.py"])
+def test_the_battery_accepts_a_copy_of_the_routing(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(Defect(file, "@triton.jit", "@triton.jit"), tmp_path, monkeypatch)
+    kernel = {"router.py": router._route_forward, "few_tokens.py": few_tokens._route_few_tokens}[file]
+    assert kernel.fn.__module__.endswith("_with_a_defect")
+    assert whole_block() == whole_block(few_tokens.MAX_TOKENS + 1) == []
 
 
 @pytest.mark.parametrize("name", DEFECTS)
