@@ -2,7 +2,7 @@
 
 dense    one [T*K, .] cuBLAS product per GEMM of the layer: 2 for a forward, 6 for a step, nothing else
 forward  the block under no_grad, router included; step: forward and backward, gradients to x and every weight
-share    dense time over the block's, in the same run (medians of do_bench, bf16, unit-scale normal data)
+share    dense time over the block's, in the same run, taking turns (medians of do_bench, bf16, unit-scale normal data)
 memory   MiB held after a training forward beyond weights and x, and the peak of a step, gradients included; of the
          two results the logits are dropped, as a training step without an auxiliary loss does
 host     microseconds of host time for an eager call, median of batches that the launch queue holds; graph: of a replay
@@ -29,7 +29,8 @@ from moefactory.triton.plan import make_plan
 
 DEVICE = torch.device("cuda")
 MS = 60  # for a median
-HOST_BATCH, HOST_BATCHES = 30, 10  # fewer launches a batch than the queue holds: no call waits for the GPU
+ROUNDS, ROUND_MS = 9, 12  # dense, forward and step take turns: a GPU's clocks fall while it works
+HOST_BATCH, HOST_BATCHES = 15, 20  # fewer launches a batch than the queue holds: no call waits for the GPU
 
 
 def milliseconds(call) -> float:
@@ -72,14 +73,18 @@ def graph_microseconds(block, tokens: int) -> float:
 
 def measure(block, name: str, tokens: int, saved: str = "h") -> dict:
     run = one_step(block, tokens)
-    run.step()
-    dense = dense_ms(block.model, tokens, torch.bfloat16, DEVICE, time_calls, MS)
-    dense_forward = sum(dense[one] for one in PRODUCTS["forward"])
-    forward_ms, step_ms = milliseconds(run.forward), milliseconds(run.step)
+    for _ in range(3):
+        run.step()
+    rounds = []
+    for _ in range(ROUNDS):
+        dense = dense_ms(block.model, tokens, torch.bfloat16, DEVICE, time_calls, ROUND_MS)
+        forward_ms, step_ms = (time_calls(call, DEVICE, ROUND_MS).p50 for call in (run.forward, run.step))
+        rounds.append((forward_ms, step_ms, sum(dense[one] for one in PRODUCTS["forward"]), sum(dense.values())))
+    forward_ms, step_ms, dense_forward, dense_step = map(statistics.median, zip(*rounds, strict=True))
     held, peak = run.memory()
     row = {"model": name, "tokens": tokens, "saved": saved, "forward_ms": forward_ms, "step_ms": step_ms}
-    row |= {"dense_forward_ms": dense_forward, "dense_step_ms": sum(dense.values()), "held_mib": held, "peak_mib": peak}
-    row |= {"forward_share": dense_forward / forward_ms, "step_share": sum(dense.values()) / step_ms}
+    row |= {"dense_forward_ms": dense_forward, "dense_step_ms": dense_step, "held_mib": held, "peak_mib": peak}
+    row |= {"forward_share": dense_forward / forward_ms, "step_share": dense_step / step_ms}
     shares = f"forward {row['forward_share']:.2f} step {row['step_share']:.2f}"
     memory_used = f"{held:.0f}/{peak:.0f} MiB"
     print(f"{name:16s} {tokens:6d} {saved:8s} {forward_ms:.3f} {step_ms:.3f} ms  {shares}  {memory_used}", flush=True)

@@ -1,4 +1,4 @@
-"""Every kernel once or more, small, for compute-sanitizer: all flags, TMA and pointers, ragged, empty, dropped.
+"""Every kernel once or more, small, for compute-sanitizer: all flags, TMA and pointers, ragged, empty, dropped, few.
 
 On Hopper the warp-specialised kernels, too: each with and without its gather, in either tile of dW.
 
@@ -17,6 +17,7 @@ import torch
 from moefactory.config import KernelConfigBackward_dW, KernelConfigBackward_dX, KernelConfigForward
 from moefactory.routing import route
 from moefactory.triton import specialized_dswiglu, specialized_dW, specialized_rows
+from moefactory.triton.few_tokens import route_few_tokens
 from moefactory.triton.ops import compute_experts
 from moefactory.triton.options import FusedOptions
 from moefactory.triton.plan import make_plan
@@ -78,6 +79,10 @@ def main() -> None:
             chosen = {name: flags[name] for name in names[:3]}
             step(dtype, kernels(tma=tma, **chosen), **flags)
             count += 1
+    for tokens in (1, 3, 64) if "plain" in parts else ():
+        logits = torch.randn(tokens, EXPERTS, device="cuda", dtype=torch.bfloat16)
+        route_few_tokens(logits, TOP_K, True, TILES["block_m"])
+        count += 1
     if "specialized" in parts and torch.cuda.get_device_capability() == (9, 0):
         for module in (specialized_rows, specialized_dswiglu, specialized_dW):
             module.num_programs = lambda device: SPECIALIZED_PROGRAMS
@@ -86,7 +91,7 @@ def main() -> None:
             step(torch.bfloat16, specialized(wide_x=wide_x), SPECIALIZED_TOKENS, **flags)
             count += 1
     torch.cuda.synchronize()
-    print(f"{count} steps ran")
+    print(f"{count} steps and routings ran")
 
 
 if __name__ == "__main__":
