@@ -302,15 +302,18 @@ def test_permute_flags_do_not_change_a_bit(dtype: torch.dtype, fuse: tuple[bool,
 
 
 @pytest.mark.parametrize("dtype", TWO, ids=dtype_id)
-def test_swiglu_fused_or_not_gives_the_same_output(dtype: torch.dtype) -> None:
-    """H is rounded before the activation in both: the forward's bits are the same."""
+def test_swiglu_fused_or_not_gives_the_same_bits(dtype: torch.dtype) -> None:
+    """H and dA are rounded before the activation in both; the routing weights' gradient alone is summed by tiles.
+
+    Compiled, epilogue and kernel contract different products and sums into one instruction: there only the output.
+    """
     p = fused.problem(ODD, dtype)
     for flags in COMBINATIONS[:2]:
         both = [
-            fused.run(p, options({**flags, "fuse_swiglu": on}, ODD.top_k, small_kernels()), (False,) * 4)
+            fused.run(p, options({**flags, "fuse_swiglu": on}, ODD.top_k, small_kernels()), (not GPU,) * 4)
             for on in (True, False)
         ]
-        assert differing(*both) == []
+        assert set(differing(*both)) <= {"drouting_weights"}
 
 
 @by_flags
