@@ -35,7 +35,7 @@ SPECIALIZED_TILES = {  # (block_m, block_n, block_k) of the warp-specialised ker
     "bwd_dX": ((128, 64, 256),),
     "bwd_dW": ((64, 128, 256), (64, 256, 128)),
 }
-SPECIALIZED_STAGES = (3, 4)
+SPECIALIZED_STAGES = (3, 4)  # of theirs
 TRITON_ACTIVATIONS = ("silu",)
 
 
@@ -275,7 +275,8 @@ def _seed(case: Case) -> str | None:
 def _tiles_in_words() -> str:
     """The tiles and stages of the specialised kernels, for a message."""
     words = {p: " or ".join("x".join(map(str, tile)) for tile in tiles) for p, tiles in SPECIALIZED_TILES.items()}
-    return f"{', '.join(f'{tiles} ({p})' for p, tiles in words.items())} with num_stages 3 or 4"
+    tiles = ", ".join(f"{tiles} ({p})" for p, tiles in words.items())
+    return f"{tiles} with num_stages {' or '.join(map(str, SPECIALIZED_STAGES))}"
 
 
 _KERNEL_KEYS = tuple(f"kernels.{p}.{g}" for p in PASSES for g in GEMMS)

@@ -16,15 +16,15 @@ from .launch import interpreting, power_of_2
 from .options import FusedOptions
 
 SPECIALIZED_TRITON = ("3.6.", "3.7.")  # the releases whose Gluon compiles the kernels; it changes with each
-_chosen: dict[tuple[Launch, torch.device, int], tuple[KernelConfig, str]] = {}
 SPECIALIZED_FROM = {  # rows per expert from which the warp-specialised kernels are shipped: results/specialized.json
     ("fwd", "up"): 32,
     ("fwd", "down"): 128,
     ("bwd_dX", "up"): 128,
     ("bwd_dX", "down"): 32,
     ("bwd_dW", "up"): 1,
-    ("bwd_dW", "down"): 1,
+    ("bwd_dW", "down"): 1,  # measured down to 16 rows; below, a tile's store is still all there is
 }
+_chosen: dict[tuple[Launch, torch.device, int], tuple[KernelConfig, str]] = {}
 
 
 @dataclass(frozen=True)

@@ -167,34 +167,28 @@ def aligned(tensor: Tensor) -> Tensor:
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
-def checked_once(kind: type, base: Tensor, shape: Any, strides: Any, block: list[int], *layout: Any) -> Any:
-    """`kind(base, shape, strides, block, *layout)`, a descriptor of Triton's, whose checks (4 us) run once for a shape.
+def descriptor(tensor: Tensor, block: list[int]) -> TensorDescriptor:
+    """A host TMA descriptor of a contiguous tensor. ValueError where the address is not a multiple of 16 bytes.
 
-    The address is not among what is checked once: see `refuse_misaligned`.
+    Triton's own checks (4 us) run once for a shape, the address is checked each time.
     """
-    key = (kind, base.dtype, *shape, *strides, *block)
+    refuse_misaligned(tensor)
+    key = (tensor.dtype, *tensor.shape, *tensor.stride(), *block)
     if key not in _checked:
         if len(_checked) >= MAX_CHECKED:
             _checked.clear()
-        made = kind(base, shape, strides, block, *layout)
+        made = TensorDescriptor.from_tensor(tensor, block)
         _checked[key] = {name: value for name, value in vars(made).items() if name != "base"}
         return made
-    made = object.__new__(kind)
-    made.__dict__.update(_checked[key], base=base)
+    made = object.__new__(TensorDescriptor)
+    made.__dict__.update(_checked[key], base=tensor)
     return made
-
-
-def descriptor(tensor: Tensor, block: list[int]) -> TensorDescriptor:
-    """A host TMA descriptor of a contiguous tensor. ValueError where the address is not a multiple of 16 bytes."""
-    refuse_misaligned(tensor)
-    return checked_once(TensorDescriptor, tensor, tensor.shape, tensor.stride(), block)
 
 
 __all__ = [
     "accumulator",
     "aligned",
     "cdiv",
-    "checked_once",
     "descriptor",
     "interpreting",
     "launch",

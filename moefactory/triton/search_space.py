@@ -18,7 +18,7 @@ from itertools import islice, product
 from typing import Any
 
 from ..config import PASSES, Backend, BackendConfig, KernelConfig, KernelsConfig, MoeConfig, ResolvedModel
-from ..rules import SPECIALIZED_TILES, broken_rules, make_case, shared_memory
+from ..rules import SPECIALIZED_STAGES, SPECIALIZED_TILES, broken_rules, make_case, shared_memory
 from .choice import Launch, _shared_limit, _tma_loads, shipped
 
 MAX_CANDIDATES = 40  # seconds each, most of them for the compiler
@@ -40,7 +40,7 @@ def _specialized(launch: Launch, capability: int) -> Iterator[KernelConfig]:
     if capability != SPECIALIZED_CAPABILITY or not launch.whole_rows:
         return
     copies = [False, True] if _copied(launch) else [False]
-    for stages, tile, copy in product((4, 3, 2), SPECIALIZED_TILES[launch.pass_name], copies):
+    for stages, tile, copy in product(SPECIALIZED_STAGES[::-1], SPECIALIZED_TILES[launch.pass_name], copies):
         more: dict[str, Any] = dict(zip(("block_m", "block_n", "block_k"), tile, strict=True))
         more |= {"gather_first": True} if copy else {}
         config: KernelConfig = PASSES[launch.pass_name](num_warps=8, num_stages=stages, warp_specialize=True, **more)

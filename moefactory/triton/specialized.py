@@ -2,10 +2,12 @@
 
 A program of these kernels is two partitions that meet in a ring of shared-memory stages. The producer (4 warps) fills a
 stage, by TMA or row by row through gather_indices, and arrives at the stage's `full` barrier; the consumer (8 warps)
-multiplies it and arrives at `empty`. So the loads of the next tile run under the epilogue of this one, which a plain
-Triton kernel cannot do with a gathered operand on Hopper. They are written in Gluon, Triton's lower layer: compiled
-only, for compute capability 9.0. The plain kernels are their reference and give the same bits, but for the last one of
-what follows the fused dSwiGLU.
+multiplies it and arrives at `empty`. So the loads of the next tile run under the end of this one, which a plain Triton
+kernel cannot do with a gathered operand on Hopper, and this one's results are stored under the products of the next:
+by the consumer, half a tile at a time (`specialized_rows`, `specialized_dW`), or by a third partition where the
+epilogue is long (`specialized_dswiglu`). They are written in Gluon, Triton's lower layer: compiled only, for compute
+capability 9.0. The plain kernels are their reference and give the same bits, but for the last one of what follows the
+fused dSwiGLU.
 
 A ragged descriptor clips at a row that is known on the device only. Its row dimension is RAGGED long, and a box is
 placed so that the expert's end lies at RAGGED: the hardware writes nothing behind it and reads zeros from there. Two
@@ -67,6 +69,15 @@ def tile_of(tile, num_rows, num_cols, GROUP: gl.constexpr):
     first = (tile // width) * GROUP
     rows = gl.minimum(num_rows - first, GROUP)
     return first + (tile % width) % rows, (tile % width) // rows
+
+
+@gluon.jit
+def slots_of(rows, end, gather_ptr, DIVISOR: gl.constexpr):
+    """The slots of expert-order rows, 0 from `end` on; for an operand in expert order (DIVISOR 0) nothing is loaded."""
+    if DIVISOR > 0:
+        return gl.load(gather_ptr + rows, mask=rows < end, other=0)
+    else:
+        return rows
 
 
 @gluon.jit

@@ -27,7 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .launch import cdiv, launch, num_programs
-from .specialized import RAGGED, WARPS, descriptor, phase, ragged, split_columns, tile_of
+from .specialized import RAGGED, WARPS, descriptor, phase, ragged, slots_of, split_columns, tile_of
 
 if TYPE_CHECKING:
     from ..config import KernelConfigBackward_dW
@@ -67,15 +67,6 @@ def _copy_rows(stage, ptr, slots, row_ok, col0, width, DIVISOR: gl.constexpr, EV
 
 
 @gluon.jit
-def _slots(row, end, gather_ptr, DIVISOR: gl.constexpr):
-    """The slots of expert-order rows `row`; for an operand in expert order nothing is loaded."""
-    if DIVISOR > 0:
-        return gl.load(gather_ptr + row, mask=row < end, other=0)
-    else:
-        return row
-
-
-@gluon.jit
 def _producer(
     inputs,
     tables,
@@ -106,10 +97,10 @@ def _producer(
     num_q = gl.cdiv(Q, BLOCK_Q)
     tiles = num_experts * num_p * num_q
     _, start, end, tile_p, tile_q = _place(gl.program_id(0), tiles, num_p, num_q, offsets_ptr, GROUP)
-    p_slots = _slots(start + p_lane, end, gather_ptr, P_DIVISOR)
-    q_slots = _slots(start + q_lane, end, gather_ptr, Q_DIVISOR)
-    p_next = _slots(start + BLOCK_M + p_lane, end, gather_ptr, P_DIVISOR)
-    q_next = _slots(start + BLOCK_M + q_lane, end, gather_ptr, Q_DIVISOR)
+    p_slots = slots_of(start + p_lane, end, gather_ptr, P_DIVISOR)
+    q_slots = slots_of(start + q_lane, end, gather_ptr, Q_DIVISOR)
+    p_next = slots_of(start + BLOCK_M + p_lane, end, gather_ptr, P_DIVISOR)
+    q_next = slots_of(start + BLOCK_M + q_lane, end, gather_ptr, Q_DIVISOR)
     step = 0
     for tile in range(gl.program_id(0), tiles + gl.num_programs(0), gl.num_programs(0)):
         following = tile + gl.num_programs(0)
@@ -118,8 +109,8 @@ def _producer(
             row = start + index * BLOCK_M
             # slots are asked for two steps ahead and before anything else: used at once, or asked for after the
             # copies, each step would wait for them
-            p_last = _slots(row + 2 * BLOCK_M + p_lane, end, gather_ptr, P_DIVISOR)
-            q_last = _slots(row + 2 * BLOCK_M + q_lane, end, gather_ptr, Q_DIVISOR)
+            p_last = slots_of(row + 2 * BLOCK_M + p_lane, end, gather_ptr, P_DIVISOR)
+            q_last = slots_of(row + 2 * BLOCK_M + q_lane, end, gather_ptr, Q_DIVISOR)
             s = step % STAGES
             ready = full.index(s)
             p_stage, q_stage = p_stages.index(s), q_stages.index(s)
@@ -145,10 +136,10 @@ def _producer(
             p_next, q_next = p_last, q_last
             step += 1
         start, end, tile_p, tile_q = next_start, next_end, next_p, next_q
-        p_slots = _slots(start + p_lane, end, gather_ptr, P_DIVISOR)
-        q_slots = _slots(start + q_lane, end, gather_ptr, Q_DIVISOR)
-        p_next = _slots(start + BLOCK_M + p_lane, end, gather_ptr, P_DIVISOR)
-        q_next = _slots(start + BLOCK_M + q_lane, end, gather_ptr, Q_DIVISOR)
+        p_slots = slots_of(start + p_lane, end, gather_ptr, P_DIVISOR)
+        q_slots = slots_of(start + q_lane, end, gather_ptr, Q_DIVISOR)
+        p_next = slots_of(start + BLOCK_M + p_lane, end, gather_ptr, P_DIVISOR)
+        q_next = slots_of(start + BLOCK_M + q_lane, end, gather_ptr, Q_DIVISOR)
 
 
 @gluon.jit

@@ -4,11 +4,11 @@
     PLAIN     forward: x @ W^T; dX: dy @ W (TRANS_W)    y [T*K, width], in expert order or scattered (SCATTER)
     SWIGLU    H = x @ W^T, [gate | up] of a tile        A = silu(gate) * up [T*K, I]; with STORE_H also H [T*K, 2I]
 
-A finished tile is rounded, kept in registers, and stored under the first products of the next one, in as many parts as
-it has halves: the tensor cores wait for the rounding only. One half at a time is staged in `out`, apart from the ring,
-on its way to TMA. So that the code of a part stands once, a program's loop has one more turn than it has tiles, for the
-last tile's parts, and in its first turn the parts lie outside of the result and are clipped; every turn has at least as
-many products as parts, of zeros where a tile has too few of its own (dropped rows, a short reduction, the last turn).
+A finished tile is rounded, kept in registers, and stored in parts (the halves of y; of H, then of A) under every other
+of the first products of the next one: the tensor cores wait for the rounding only. One part at a time is staged in
+`out`, apart from the ring. So that the code of a part stands once, a program's loop has a turn more than it has tiles,
+for the last tile's parts, and in its first turn the parts lie outside of the result and are clipped; every turn has at
+least LEAST products, of zeros where a tile has too few of its own (dropped rows, a short reduction, the last turn).
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from .specialized import (
     halves,
     phase,
     ragged,
+    slots_of,
     split_columns,
     tile_of,
 )
@@ -61,15 +62,6 @@ def place_of(tile, tables, num_m, num_n, num_experts, GROUP_M: gl.constexpr):
     tile_m, _ = tile_of(gl.minimum(tile, tiles - 1), num_m, num_n, GROUP_M)
     expert = gl.load(tile_expert_ptr + tile_m)
     return gl.where(tile < tiles, expert, num_experts), gl.load(tile_row_ptr + tile_m)
-
-
-@gluon.jit
-def _slots(rows, gather_ptr, M, DIVISOR: gl.constexpr):
-    """The slots of expert-order rows, if any operand is reached through them; past an expert's end, others' or 0."""
-    if DIVISOR > 0:
-        return gl.load(gather_ptr + rows, mask=rows < M, other=0)
-    else:
-        return rows
 
 
 @gluon.jit
@@ -103,14 +95,14 @@ def producer(
     first = gl.program_id(0)
     expert, row0 = place_of(first, tables, num_m, num_n, num_experts, GROUP_M)
     next_expert, next_row0 = place_of(first + gl.num_programs(0), tables, num_m, num_n, num_experts, GROUP_M)
-    slot = _slots(row0 + lane, gather_ptr, M, DIVISOR)
+    slot = slots_of(row0 + lane, M, gather_ptr, DIVISOR)
     step = 0
     for tile in range(first, num_m * num_n + gl.num_programs(0), gl.num_programs(0)):
         _, tile_n = tile_of(gl.minimum(tile, num_m * num_n - 1), num_m, num_n, GROUP_M)
         # places are asked for two tiles ahead, slots one: loads that wait for one another, under the tiles' copies
         later = tile + 2 * gl.num_programs(0)
         later_expert, later_row0 = place_of(later, tables, num_m, num_n, num_experts, GROUP_M)
-        next_slot = _slots(next_row0 + lane, gather_ptr, M, DIVISOR)
+        next_slot = slots_of(next_row0 + lane, M, gather_ptr, DIVISOR)
         kept = expert < num_experts  # without an expert, W lies past its last one and x is masked: zeros
         if DIVISOR > 0:
             # rows past the end read a row that exists and are never stored
