@@ -6,7 +6,7 @@ What is refused, runs out of memory or fails says so in its own row, and the oth
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -25,7 +25,7 @@ from .config import (
     model_preset,
 )
 from .describe import require_here
-from .measure import Product, Step, Timer, dense_ms, flops, inputs, products, steered_gate
+from .measure import ROUNDS, Product, Step, Timer, dense_ms, flops, in_turns, inputs, products, steered_gate
 from .peers import PEERS, UnavailableError
 from .progress import Tell
 from .routing import route
@@ -45,7 +45,6 @@ class _Case:
     weights: BlockWeights
     x: Tensor
     dout: Tensor
-    dense: dict[Product, float]
 
 
 @dataclass
@@ -108,7 +107,7 @@ class Sweep:
             drawn, lost = self._attempt(lambda: inputs(weights.gate, weights.model, tokens, s.routing, s.seed))
         if lost is None:
             blank = replace(blank, load=_load(weights, drawn[0]))
-            case = _Case(config, weights, drawn[0], drawn[1], self._dense(name, weights, tokens))
+            case = _Case(config, weights, drawn[0], drawn[1])
         for runner in self.runners:
             if self.tell:
                 self.tell(f"{name}, {tokens} tokens, {runner}", self.done, self.total)
@@ -116,13 +115,14 @@ class Sweep:
             self.done += 1
             free(self.device)
 
-    def _dense(self, name: str, weights: BlockWeights, tokens: int) -> dict[Product, float]:
-        """Times of the dense products; nothing, and a note, where they do not run: rows then have no share."""
-        place = weights.gate.dtype, self.device
-        times, lost = self._attempt(lambda: dense_ms(weights.model, tokens, *place, self.timer, self.settings.ms))
+    def _dense(self, row: BenchRow, weights: BlockWeights, of: Sequence[Product]) -> float | None:
+        """Milliseconds of these dense products; None, and a note, where they do not run: the row then has no share."""
+        place, ms = (weights.gate.dtype, self.device), max(1, self.settings.ms // ROUNDS)
+        times, lost = self._attempt(lambda: dense_ms(weights.model, row.tokens, *place, self.timer, ms, of))
         if lost:
-            self.notes.append(f"{name}, {tokens} tokens: no share, the dense products do not run: {': '.join(lost)}")
-        return times or {}
+            note = f"{row.model}, {row.tokens} tokens: no share, the dense products do not run: {': '.join(lost)}"
+            self.notes.extend([note] if note not in self.notes else [])
+        return sum(times.values()) if times else None
 
     def _blank(self, name: str, tokens: int) -> BenchRow:
         c, s = self.config, self.settings
@@ -158,9 +158,10 @@ class Sweep:
         else:
             run = {"forward": step.forward, "step": step.step}[row.measure]
         held, peak = step.memory() if on_gpu and row.measure == "step" else (None, None)
-        times = self.timer(run, self.device, self.settings.ms)
         of = products(row.measure, case.config)
-        beside = sum(case.dense[one] for one in of) if case.dense else None
+        times, beside = in_turns(
+            run, lambda: self._dense(row, case.weights, of), self.timer, self.device, self.settings.ms
+        )
         return replace(
             row, p20_ms=times.p20, p50_ms=times.p50, p80_ms=times.p80, dense_ms=beside,
             share=beside / times.p50 if beside else None,

@@ -18,6 +18,8 @@ PRODUCTS = {
     "forward": (("fwd", "up"), ("fwd", "down")),
     "backward": (("bwd_dX", "down"), ("bwd_dW", "down"), ("bwd_dX", "up"), ("bwd_dW", "up")),
 }
+STEP = PRODUCTS["forward"] + PRODUCTS["backward"]
+ROUNDS = 5  # of short measurements that take turns
 
 Run = Callable[[], Any]
 Product = tuple[str, str]  # (pass, GEMM)
@@ -71,7 +73,13 @@ def flops(model: ResolvedModel, tokens: int, of: Sequence[Product]) -> int:
 
 
 def dense_ms(
-    model: ResolvedModel, tokens: int, dtype: torch.dtype, device: torch.device, timer: Timer, ms: int
+    model: ResolvedModel,
+    tokens: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    timer: Timer,
+    ms: int,
+    of: Sequence[Product] = STEP,
 ) -> dict[Product, float]:
     """Milliseconds of the dense product of each GEMM: one matrix product over all T*K rows, nothing else."""
     rows, h, i = tokens * model.top_k, model.hidden_size, model.moe_intermediate_size
@@ -88,7 +96,21 @@ def dense_ms(
         ("bwd_dX", "up"): lambda: z @ up,
         ("bwd_dW", "up"): lambda: z.T @ x,
     }
-    return {one: timer(run, device, ms).p50 for one, run in runs.items()}
+    return {one: timer(runs[one], device, ms).p50 for one in of}
+
+
+def in_turns(
+    run: Run, dense: Callable[[], float | None], timer: Timer, device: torch.device, ms: int
+) -> tuple[Times, float | None]:
+    """(quantiles of `run`, milliseconds of the dense products beside it), each the median of ROUNDS short rounds.
+
+    A machine's clocks fall while it works: what is timed first looks better than it is. `dense` gives None where there
+    are no dense products to compare with.
+    """
+    rounds = [(dense(), timer(run, device, max(1, ms // ROUNDS))) for _ in range(ROUNDS)]
+    quantiles = (statistics.median(getattr(times, name) for _, times in rounds) for name in ("p20", "p50", "p80"))
+    beside = [one for one, _ in rounds if one is not None]
+    return Times(*quantiles), statistics.median(beside) if len(beside) == ROUNDS else None
 
 
 class Step:

@@ -30,6 +30,7 @@ from moefactory.weights import to_hf_block
 Run = Callable[..., tuple[int, str, str]]
 TINY = model_preset("tiny")
 FIXED = Times(1.0, 2.0, 4.0)
+CPU = torch.device("cpu")
 HEADER = (
     "model,tokens,runs,measure,status,reason,p20_ms,p50_ms,p80_ms,dense_ms,share,tflops,held_mib,peak_mib,load,kernels,"
     "flags,dtype,device,routing,seed,date,moefactory,commit,torch,triton,transformers,gpu,sm_mhz"
@@ -120,6 +121,27 @@ def test_every_runner_computes_the_same_gradients(name: str, flags: dict[str, bo
     for one in found:
         if tuple(one.shape) in expected:
             torch.testing.assert_close(one, expected[tuple(one.shape)], rtol=1e-4, atol=1e-4)
+
+
+def test_block_and_dense_products_take_turns() -> None:
+    """Clocks that fall with each call: one block of measurements after the other would make the second look slower.
+
+    Both take as long, and each call takes 1 ms more than the one before: in turns the medians are a call apart.
+    """
+    clock = iter(range(1, 100))
+
+    def timer(run: Callable[[], Any], device: torch.device, ms: int) -> Times:
+        assert ms == 100 // measure.ROUNDS
+        now = float(next(clock))
+        return Times(now - 0.5, now, now + 0.5)
+
+    def dense() -> float:
+        return timer(lambda: None, CPU, 20).p50
+
+    times, beside = measure.in_turns(lambda: None, dense, timer, CPU, 100)
+    assert measure.ROUNDS == 5
+    assert (beside, times) == (5.0, Times(5.5, 6.0, 6.5))
+    assert measure.in_turns(lambda: None, lambda: None, fixed, CPU, 100) == (FIXED, None)
 
 
 def test_the_default_timer_times_calls() -> None:
@@ -331,7 +353,7 @@ def test_an_interrupt_keeps_the_rows_that_are_there() -> None:
     calls = iter(range(100))
 
     def timer(run: Callable[[], Any], device: torch.device, ms: int) -> Times:
-        if next(calls) == 7:  # six products, a forward, and now the step
+        if next(calls) == 3 * measure.ROUNDS:  # as often two products and a forward, and now the step's first product
             raise KeyboardInterrupt
         return FIXED
 
