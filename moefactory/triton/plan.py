@@ -121,8 +121,7 @@ def _positions(
     slot = block * BLOCK + lane
     mask = slot < M
     group = _group_of(selected_ptr, slot, mask, E)
-    mine = offs_g[None, :] == group[:, None]  # [BLOCK, GROUPS]
-    base = tl.sum(tl.where(mine, (ends - counts + starts)[None, :], 0), axis=1)
+    base = tl.gather(ends - counts + starts, tl.minimum(group, GROUPS - 1), axis=0)  # of lanes past the end: anything
     earlier = (group[None, :] == group[:, None]) & (lane[None, :] < lane[:, None])  # [BLOCK, BLOCK]
     row = base + tl.sum(earlier.to(tl.int32), axis=1)
     tl.store(scatter_ptr + slot, row, mask=mask)
