@@ -69,7 +69,8 @@ def gather_widths(ptx: str) -> list[int]:
 
 def nested_loops(ttgir: str) -> list[tuple[str, list[str]]]:
     """(partition, stale bounds) of every loop inside a loop. A bound is stale if it is made of a load before the outer
-    loop and of nothing that the outer loop carries: then it is the first tile's at every tile."""
+    loop, from global or shared memory, and of nothing that the outer loop carries: then it is the first tile's at every
+    tile."""
     found = []
     partition, made, loads = "", dict[str, set[str]](), set[str]()  # `made`: value -> what it is made of
     around: list[tuple[int, set[str]]] = []  # (indentation, carried values) of the loops around this line
@@ -86,9 +87,15 @@ def nested_loops(ttgir: str) -> list[tuple[str, list[str]]]:
                 found.append((partition, stale))
             carried = re.search(r"iter_args\((.*?)\) ->", text)
             around.append((indent, set(re.findall(r"(%[\w-]+) = ", carried[1])) if carried else set()))
+        elif outer := re.search(r"scf\.while \((.*?)\) : \(", text):
+            around.append((indent, set(re.findall(r"(%[\w-]+) = ", outer[1]))))
+        elif text.startswith("} do {"):  # a while loop's body, which names what is carried anew
+            around.append((indent, set()))
+        elif text.startswith("^bb0(") and around and not around[-1][1] and indent == around[-1][0]:
+            around[-1] = indent, set(re.findall(r"(%[\w-]+):", text))
         elif value := re.match(r"(%[\w-]+)(?::\d+)? = (.*)", text):
             made[value[1]] = set(re.findall(r"%[\w-]+", value[2]))
-            if not around and value[2].startswith("tt.load "):
+            if not around and value[2].startswith(("tt.load ", "ttg.local_load ")):
                 loads.add(value[1])
     return found
 
@@ -134,7 +141,7 @@ def _recorded(variant: Variant) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     def matrix(*shape: int) -> Any:
         return torch.zeros(*shape, dtype=dtype)
 
-    table = TileTable(index(8), index(8), index(1), 8)
+    table = TileTable(index(8), index(8), index(2), 8)
     rows = forward.Rows(index(EXPERTS + 2), index(ROWS), TOP_K, table)
     hidden, width = SIZES[variant.sizes]
     flags = dict.fromkeys(variant.flags, True)

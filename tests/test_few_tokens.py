@@ -71,7 +71,7 @@ def separately(logits: Tensor, top_k: int, norm: bool, block_m: int) -> dict[str
 def _named(out: tuple[Tensor, ...]) -> dict[str, Tensor]:
     found = {name: tensor.cpu() for name, tensor in zip((*NAMES, *TABLE), out, strict=True)}
     found["max_tiles"] = torch.tensor([found["tile_expert"].numel(), found["tile_row"].numel()])
-    count = int(found["num_tiles"])
+    count = int(found["num_tiles"][0])
     assert 0 < count <= int(found["max_tiles"].min())
     return {**found, "tile_expert": found["tile_expert"][:count], "tile_row": found["tile_row"][:count]}
 
@@ -211,7 +211,7 @@ def test_each_element_is_written_once(sizes: tuple[int, int, int]) -> None:
         *whole, tile_expert, tile_row, num_tiles = out
         recorder.check_written_once(*whole, num_tiles)
         for table in (tile_expert, tile_row):
-            used = list(range(int(num_tiles)))
+            used = list(range(int(num_tiles[0])))
             assert recorder.writers(table) == {(tile,): [(0, 0, 0)] for tile in used}
 
 

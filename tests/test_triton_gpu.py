@@ -247,14 +247,40 @@ def test_specialized_in_other_tiles_and_stages(flags: dict[str, bool]) -> None:
 @on_hopper
 @by_edge
 def test_specialized_in_few_programs(flags: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three programs walk all tiles, their rings come round many times: the bits of a program a multiprocessor."""
-    for shape in SPECIALIZED_SHAPES[:4]:
+    """Three programs walk all tiles, their rings come round many times: the bits of a program a multiprocessor.
+
+    Of dropped rows alone each has some 16 tiles of a few products: more than it may be told of at a time.
+    """
+    for shape in (*SPECIALIZED_SHAPES[:4], Shape(3000, 3, 2, 72, 40, "none")):
         p, o = fused.problem(shape, torch.bfloat16), options(flags, shape.top_k, specialized_kernels())
         with fused.surroundings(), monkeypatch.context() as patch:
             many = fused.run(p, o)
             for module in (specialized_rows, specialized_dswiglu, specialized_dW):
                 patch.setattr(module, "num_programs", lambda device: 3)
             assert fused.differing(fused.run(p, o), many) == []
+
+
+@on_hopper
+@pytest.mark.parametrize("programs", [1, 3, 132])
+@pytest.mark.parametrize("shape", SPECIALIZED_SHAPES, ids=str)
+def test_the_counter_of_tiles_is_set_back(shape: Shape, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a kernel whose programs claimed its tiles their counter is 0 for the next one: with fewer tiles than
+    programs, as many, or many each; ten times over the same table, each time the bits of the first."""
+    p = fused.problem(shape, torch.bfloat16).to("cuda")
+    plan = p.plan
+    table = tile_table(plan.group_offsets, plan.gather_indices.shape[0], 128)
+    monkeypatch.setattr(specialized_rows, "num_programs", lambda device: programs)
+    config = specialized_kernels()[0][2]
+    on_tiles = Rows(plan.group_offsets, plan.gather_indices, shape.top_k, table)
+
+    def forward() -> Tensor:
+        return forward_gemm(p.x, p.gate_up_proj, on_tiles, config, permute_x=True, swiglu=True)[0]
+
+    first, tiles = forward(), table.num_tiles.tolist()
+    assert tiles[1] == 0
+    for _ in range(10):
+        assert torch.equal(forward(), first)
+        assert table.num_tiles.tolist() == tiles
 
 
 @on_hopper

@@ -16,7 +16,7 @@ ones below bit t). No id lies outside [0, E), so that the group of dropped slots
     offsets                [E+2] int32     group -> its first expert-order row; then T*K
     gather, scatter        [T*K] int32     expert-order row -> slot, slot -> expert-order row
     tile_expert, tile_row  [max] int32     row tile of BLOCK_M -> its expert, its first row; not written past num_tiles
-    num_tiles              [1]   int32     how many row tiles there are
+    num_tiles              [2]   int32     how many row tiles there are; 0, as in `schedule`
 """
 
 from __future__ import annotations
@@ -135,6 +135,7 @@ def _route_few_tokens(
         tl.store(tile_expert_ptr + first_tile + tile, offs_e, mask=tile < tiles)
         tl.store(tile_row_ptr + first_tile + tile, starts + tile * BLOCK_M, mask=tile < tiles)
     tl.store(num_tiles_ptr + offs_e - (EXPERTS - 1), ends >> 16, mask=offs_e == EXPERTS - 1)  # the last of them: all
+    tl.store(num_tiles_ptr + 1, 0)
 
     lane = tl.arange(0, TOKENS * SLOTS)
     token = lane // SLOTS
@@ -172,7 +173,7 @@ def _empty(logits: Tensor, top_k: int, norm_topk_prob: bool, block_m: int) -> tu
     slots, device = tokens * top_k, logits.device
     wide = torch.promote_types(logits.dtype, torch.float32)
     max_tiles = slots // block_m + torch.sym_min(experts + 1, slots)  # the tile table's bound
-    sizes = (experts + 1, experts + 2, slots, slots, max_tiles, max_tiles, 1)
+    sizes = (experts + 1, experts + 2, slots, slots, max_tiles, max_tiles, 2)
     return (
         torch.empty(tokens, top_k, dtype=logits.dtype, device=device),
         torch.empty(tokens, top_k, dtype=torch.int64, device=device),
@@ -192,7 +193,7 @@ def route_few_tokens(logits: Tensor, top_k: int, norm_topk_prob: bool, block_m: 
     Returns:
         routing_weights [T,K] in the logits' dtype, selected_experts [T,K] int64, the weights before the cast [T,K]
         (empty without norm_topk_prob); counts [E+1], offsets [E+2], gather [T*K], scatter [T*K]; tile_expert [max],
-        tile_row [max], num_tiles [1] for row tiles of `block_m`.
+        tile_row [max], num_tiles [2] for row tiles of `block_m`.
 
     Raises:
         ValueError: too many tokens, or none.

@@ -4,7 +4,8 @@
     expert_offsets   [E+2] int32      expert -> its first expert-order row; group E is the dropped slots, then T*K
     tile_expert      [max] int32      row tile -> expert (E: dropped rows, which the kernels store as zeros)
     tile_row         [max] int32      row tile -> its first row
-    num_tiles        [1]   int32      how many tiles there are; the rest of the arrays is not written
+    num_tiles        [2]   int32      how many tiles there are (the rest of the arrays is not written); 0, the counter
+                                      of tiles that programs claim (specialized.claim), which a kernel sets back
 
 `max` = T*K // BLOCK_M + min(E + 1, T*K) holds for any routing, so that nothing is read back to the host.
 """
@@ -52,6 +53,7 @@ def _tile_table(
     tl.store(tile_row_ptr + offs_t, start + (offs_t - before) * BLOCK_M, mask=tile_mask)
     if tl.program_id(0) == 0:
         tl.store(num_tiles_ptr, total)
+        tl.store(num_tiles_ptr + 1, 0)
 
 
 @triton.jit
@@ -95,7 +97,7 @@ def tile_table(expert_offsets: Tensor, num_rows: int, block_m: int) -> TileTable
     max_tiles = num_rows // block_m + min(groups, num_rows)
     tile_expert = torch.empty(max_tiles, dtype=torch.int32, device=expert_offsets.device)
     tile_row = torch.empty_like(tile_expert)
-    num_tiles = torch.empty(1, dtype=torch.int32, device=expert_offsets.device)
+    num_tiles = torch.empty(2, dtype=torch.int32, device=expert_offsets.device)
     grid = (cdiv(max_tiles, TILES_PER_PROGRAM),)
     meta = {"BLOCK_M": block_m, "GROUPS": power_of_2(groups), "TILES": TILES_PER_PROGRAM}
     launch("tile_table", _tile_table, grid, expert_offsets, tile_expert, tile_row, num_tiles, max_tiles, groups, **meta)

@@ -1,13 +1,17 @@
 """What the warp-specialised kernels share: TMA descriptors that end where an expert ends, and the order of tiles.
 
-A program of these kernels is two partitions that meet in a ring of shared-memory stages. The producer (4 warps) fills a
-stage, by TMA or row by row through gather_indices, and arrives at the stage's `full` barrier; the consumer (8 warps)
-multiplies it and arrives at `empty`. So the loads of the next tile run under the end of this one, which a plain Triton
-kernel cannot do with a gathered operand on Hopper, and this one's results are stored under the products of the next:
-by the consumer, half a tile at a time (`specialized_rows`, `specialized_dW`), or by a third partition where the
-epilogue is long (`specialized_dswiglu`). They are written in Gluon, Triton's lower layer: compiled only, for compute
+A program of these kernels is partitions of 4 warps that meet in a ring of shared-memory stages. The producer fills a
+stage, by TMA or row by row through gather_indices, and arrives at the stage's `full` barrier; two consumers multiply
+it, each one half of the tile, and arrive at `empty`. So the loads of the next tile run under the end of this one, which
+a plain Triton kernel cannot do with a gathered operand on Hopper, and this one's results are stored under the products
+of the next: by the consumers, half a tile's columns at a time (`specialized_rows`, `specialized_dW`), or by a partition
+of their own where the epilogue is long (`specialized_dswiglu`). The consumers do not wait for each other: one rounds
+and stores while the other multiplies. They are written in Gluon, Triton's lower layer: compiled only, for compute
 capability 9.0. The plain kernels are their reference and give the same bits, but for the last one of what follows the
 fused dSwiGLU.
+
+Programs of the row kernels claim their tiles from a counter, since tiles differ in time: a tile of which the lower half
+has no rows is half the products. The producer claims, and tells the other partitions in `news`.
 
 A ragged descriptor clips at a row that is known on the device only. Its row dimension is RAGGED long, and a box is
 placed so that the expert's end lies at RAGGED: the hardware writes nothing behind it and reads zeros from there. Two
@@ -23,13 +27,14 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .launch import refuse_misaligned
 
 RAGGED = gl.constexpr(2**30)
-# 12 warps share 65,536 registers: 168 each at the start, then 56 for a producer's thread and 224 for a consumer's
-WARPS = {"PRODUCERS": 4, "PRODUCER_REGISTERS": 56, "num_warps": 8, "maxnreg": 168}
+# 12 warps share 65,536 registers: 168 a thread at the start, then what a kernel says, 504 for one of each partition
+WARPS = {"PRODUCERS": 4, "num_warps": 4, "maxnreg": 168}
 _TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
@@ -78,6 +83,68 @@ def slots_of(rows, end, gather_ptr, DIVISOR: gl.constexpr):
         return gl.load(gather_ptr + rows, mask=rows < end, other=0)
     else:
         return rows
+
+
+@gluon.jit
+def ask(tile, tiles, counter_ptr, lane):
+    """Claim the tile to follow `tile`; `claimed` has the answer, for which nothing waits here.
+
+    Each program's first tile is its own; it claims from then on, until a claim is past the last tile. One thread asks:
+    `lane` numbers the partition's.
+    """
+    one = (lane >= 0).to(gl.int32)
+    return gl.atomic_add(counter_ptr + (one - 1), one, mask=(lane == 0) & (tile < tiles), sem="relaxed")
+
+
+@gluon.jit
+def claimed(answer, tile, tiles, counter_ptr, lane):
+    """The tile that was claimed. The counter is 0 before and after a kernel: its last claim sets it back."""
+    programs = gl.num_programs(0)
+    number = gl.sum(gl.where(lane == 0, answer, 0), axis=0)
+    last = gl.maximum(tiles - programs, 0) + gl.minimum(tiles, programs) - 1  # a claim a tile, and one too many each
+    gl.store(counter_ptr, 0, mask=(tile < tiles) & (number == last))
+    return gl.where(tile < tiles, programs + number, tile)
+
+
+NEWS = gl.constexpr(8)  # tiles that are told of at a time: more than a producer is ahead
+
+
+@gluon.jit
+def make_news():
+    """(numbers of a tile [NEWS, 4], its barriers): what the producer tells the other partitions of."""
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    numbers = gl.allocate_shared_memory(gl.int32, [NEWS, 4], flat)
+    known = gl.allocate_shared_memory(gl.int64, [NEWS, 1], mbarrier.MBarrierLayout())
+    for place in gl.static_range(NEWS):
+        mbarrier.init(known.index(place), count=1)
+    fence_async_shared()
+    return numbers, known
+
+
+@gluon.jit
+def tell(news, turn, first, second, third, fourth):
+    """Four numbers of this turn's tile, for `told`."""
+    numbers, known = news
+    layout: gl.constexpr = gl.BlockedLayout([4], [32], [gl.num_warps()], [0])
+    place = gl.arange(0, 4, layout=layout)
+    value = gl.where(place == 0, first, gl.where(place == 1, second, gl.where(place == 2, third, fourth)))
+    numbers.index(turn % NEWS).store(value)
+    mbarrier.arrive(known.index(turn % NEWS), count=1)
+
+
+@gluon.jit
+def told(news, turn):
+    """The four numbers of this turn's tile, once they are there."""
+    numbers, known = news
+    layout: gl.constexpr = gl.BlockedLayout([4], [32], [gl.num_warps()], [0])
+    mbarrier.wait(known.index(turn % NEWS), phase(turn, NEWS))
+    value = numbers.index(turn % NEWS).load(layout)
+    place = gl.arange(0, 4, layout=layout)
+    first = gl.sum(gl.where(place == 0, value, 0), axis=0)
+    second = gl.sum(gl.where(place == 1, value, 0), axis=0)
+    third = gl.sum(gl.where(place == 2, value, 0), axis=0)
+    fourth = gl.sum(gl.where(place == 3, value, 0), axis=0)
+    return first, second, third, fourth
 
 
 @gluon.jit

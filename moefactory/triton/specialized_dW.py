@@ -6,8 +6,9 @@ that comes row by row with cp.async, the wide one (q) by TMA: a gather on the wi
 is the narrow one, the tile is computed transposed and turned on its way to the store (X_NARROW).
 
 Behind an expert's end both operands read as zeros (by a ragged descriptor, by a mask), so 0 * NaN of a neighbour cannot
-arise. As in `specialized_rows`, a finished tile is rounded, kept in registers and stored in two halves under the first
-products of the next one: with few rows an expert, a tile's store takes as long as its products.
+arise. As in `specialized_rows`, two consumers take half of a tile each, of its narrow side, and a finished tile is
+rounded, kept in registers and stored in two halves under the first products of the next one: with few rows an expert,
+a tile's store takes as long as its products.
 """
 
 from __future__ import annotations
@@ -105,12 +106,16 @@ def _producer(
     for tile in range(gl.program_id(0), tiles + gl.num_programs(0), gl.num_programs(0)):
         following = tile + gl.num_programs(0)
         _, next_start, next_end, next_p, next_q = _place(following, tiles, num_p, num_q, offsets_ptr, GROUP)
-        for index in range(_steps(start, end, BLOCK_M)):
+        steps = _steps(start, end, BLOCK_M)
+        for index in range(steps):
             row = start + index * BLOCK_M
-            # slots are asked for two steps ahead and before anything else: used at once, or asked for after the
-            # copies, each step would wait for them
-            p_last = slots_of(row + 2 * BLOCK_M + p_lane, end, gather_ptr, P_DIVISOR)
-            q_last = slots_of(row + 2 * BLOCK_M + q_lane, end, gather_ptr, Q_DIVISOR)
+            # slots are asked for two steps ahead, over a tile's end, and before anything else: used at once, or asked
+            # for after the copies, each step would wait for them
+            beyond = index + 2 - steps
+            ahead = gl.where(beyond < 0, row + 2 * BLOCK_M, next_start + beyond * BLOCK_M)
+            ahead_end = gl.where(beyond < 0, end, next_end)
+            p_last = slots_of(ahead + p_lane, ahead_end, gather_ptr, P_DIVISOR)
+            q_last = slots_of(ahead + q_lane, ahead_end, gather_ptr, Q_DIVISOR)
             s = step % STAGES
             ready = full.index(s)
             p_stage, q_stage = p_stages.index(s), q_stages.index(s)
@@ -136,31 +141,37 @@ def _producer(
             p_next, q_next = p_last, q_last
             step += 1
         start, end, tile_p, tile_q = next_start, next_end, next_p, next_q
-        p_slots = slots_of(start + p_lane, end, gather_ptr, P_DIVISOR)
-        q_slots = slots_of(start + q_lane, end, gather_ptr, Q_DIVISOR)
-        p_next = slots_of(start + BLOCK_M + p_lane, end, gather_ptr, P_DIVISOR)
-        q_next = slots_of(start + BLOCK_M + q_lane, end, gather_ptr, Q_DIVISOR)
 
 
 @gluon.jit
 def _store_half(half, place, PART: gl.constexpr, dw_desc, out, X_NARROW: gl.constexpr):
     """Half of a finished tile's wide columns, turned where they are the rows of the result."""
     expert, row, col = place
-    SIDE: gl.constexpr = out.shape[0]  # both of them
     tma.store_wait(0)  # of the half before
     if X_NARROW:
         out.store(half.permute((1, 0)))
-        row, col = col + PART * SIDE, row
+        row, col = col + PART * out.shape[0], row
     else:
         out.store(half)
-        col += PART * SIDE
+        col += PART * out.shape[1]
     fence_async_shared()
-    box = out._reinterpret(out.dtype, [1, SIDE, SIDE], dw_desc.layout)
+    box = out._reinterpret(out.dtype, [1, out.shape[0], out.shape[1]], dw_desc.layout)
     tma.async_copy_shared_to_global(dw_desc, [expert, row, col], box)
 
 
 @gluon.jit
-def _consumer(dw_desc, tables, sizes, ring, out, GATHERED: gl.constexpr, X_NARROW: gl.constexpr, GROUP: gl.constexpr):
+def _consumer(
+    WHICH: gl.constexpr,
+    dw_desc,
+    tables,
+    sizes,
+    ring,
+    outs,
+    GATHERED: gl.constexpr,
+    X_NARROW: gl.constexpr,
+    GROUP: gl.constexpr,
+):
+    """The first (WHICH 0) or the second half of each tile's narrow side."""
     offsets_ptr, _ = tables
     num_experts, P, Q = sizes
     p_stages, q_stages, full, empty = ring
@@ -169,24 +180,28 @@ def _consumer(dw_desc, tables, sizes, ring, out, GATHERED: gl.constexpr, X_NARRO
     BLOCK_M: gl.constexpr = p_stages.shape[1]
     BLOCK_P: gl.constexpr = p_stages.shape[2]
     BLOCK_Q: gl.constexpr = q_stages.shape[2]
-    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BLOCK_Q, 16])
+    SIDE: gl.constexpr = BLOCK_P // 2  # of 64 columns: in shared memory, 128 are two blocks of 64
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_Q, 16])
+    p_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, SIDE], DTYPE)
+    p_halves = p_stages._reinterpret(DTYPE, [2 * STAGES, BLOCK_M, SIDE], p_layout)
+    out = outs.index(WHICH)
     num_p = gl.cdiv(P, BLOCK_P)
     num_q = gl.cdiv(Q, BLOCK_Q)
     tiles = num_experts * num_p * num_q
     expert, start, end, tile_p, tile_q = _place(gl.program_id(0), tiles, num_p, num_q, offsets_ptr, GROUP)
-    finished = split_columns(gl.zeros([BLOCK_P, BLOCK_Q], DTYPE, mma))
+    finished = split_columns(gl.zeros([SIDE, BLOCK_Q], DTYPE, mma))
     place = (num_experts, 0, 0)  # past the end of the result: in the first turn nothing is stored
     step = 0
     for tile in range(gl.program_id(0), tiles + gl.num_programs(0), gl.num_programs(0)):
         following = tile + gl.num_programs(0)
         next_expert, next_start, next_end, next_p, next_q = _place(following, tiles, num_p, num_q, offsets_ptr, GROUP)
-        acc = gl.zeros([BLOCK_P, BLOCK_Q], gl.float32, mma)
+        acc = gl.zeros([SIDE, BLOCK_Q], gl.float32, mma)
         for turn in gl.static_range(LEAST):
             s = step % STAGES
             mbarrier.wait(full.index(s), phase(step, STAGES))
             if GATHERED:
                 fence_async_shared()  # cp.async wrote through the generic proxy, the product reads through the other
-            p_stage = p_stages.index(s).permute((1, 0))
+            p_stage = p_halves.index(2 * s + WHICH).permute((1, 0))
             acc = warpgroup_mma(p_stage, q_stages.index(s), acc, use_acc=turn > 0, is_async=True)
             if turn % 2 == 0:  # by then the half before has left `out`
                 _store_half(finished[turn // 2], place, turn // 2, dw_desc, out, X_NARROW)
@@ -201,14 +216,14 @@ def _consumer(dw_desc, tables, sizes, ring, out, GATHERED: gl.constexpr, X_NARRO
             mbarrier.wait(full.index(s), phase(step + index, STAGES))
             if GATHERED:
                 fence_async_shared()
-            acc = warpgroup_mma(p_stages.index(s).permute((1, 0)), q_stages.index(s), acc, is_async=True)
+            acc = warpgroup_mma(p_halves.index(2 * s + WHICH).permute((1, 0)), q_stages.index(s), acc, is_async=True)
             acc = warpgroup_mma_wait(1, deps=(acc,))
             mbarrier.arrive(empty.index((step + index + STAGES - 1) % STAGES), count=1)
         step += rest
         acc = warpgroup_mma_wait(0, deps=(acc,))
         mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
         finished = split_columns(acc.to(DTYPE))
-        place = (expert, tile_p * BLOCK_P, tile_q * BLOCK_Q)
+        place = (expert, tile_p * BLOCK_P + WHICH * SIDE, tile_q * BLOCK_Q)
         expert, start, end, tile_p, tile_q = next_expert, next_start, next_end, next_p, next_q
     tma.store_wait(0)
 
@@ -237,34 +252,39 @@ def _specialized_dW(
     GROUP: gl.constexpr,
     PRODUCERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr,
 ):
     DTYPE: gl.constexpr = p_ptr.dtype.element_ty
     GATHERED: gl.constexpr = P_DIVISOR + Q_DIVISOR > 0
     p_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, BLOCK_P], DTYPE)
     q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, BLOCK_Q], DTYPE)
-    out_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_P, BLOCK_P], DTYPE)
+    OUT: gl.constexpr = [BLOCK_Q // 2, BLOCK_P // 2] if X_NARROW else [BLOCK_P // 2, BLOCK_Q // 2]
+    out_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for(OUT, DTYPE)
     p_stages = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_M, BLOCK_P], p_layout)
     q_stages = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_M, BLOCK_Q], q_layout)
-    out = gl.allocate_shared_memory(DTYPE, [BLOCK_P, BLOCK_P], out_layout)
+    outs = gl.allocate_shared_memory(DTYPE, [2, OUT[0], OUT[1]], out_layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for s in gl.static_range(STAGES):
         # one arrival says which bytes TMA brings; with a gather every producing thread arrives for its copies, too
         mbarrier.init(full.index(s), count=1 + (32 * PRODUCERS if GATHERED else 0))
-        mbarrier.init(empty.index(s), count=1)
+        mbarrier.init(empty.index(s), count=2)  # both consumers
     fence_async_shared()
     tables = (expert_offsets_ptr, gather_indices_ptr)
     # TMA needs rows of whole 16 bytes; said like this, the compiler knows it, and copies 16 bytes at a time
     sizes = (num_experts, P // 8 * 8, Q // 8 * 8)
     ring = (p_stages, q_stages, full, empty)
     inputs = (p_desc, q_desc, p_ptr, q_ptr)
+    first: gl.constexpr = 0
+    second: gl.constexpr = 1
     gl.warp_specialize(
         [
-            (_consumer, (dw_desc, tables, sizes, ring, out, GATHERED, X_NARROW, GROUP)),
+            (_consumer, (first, dw_desc, tables, sizes, ring, outs, GATHERED, X_NARROW, GROUP)),
+            (_consumer, (second, dw_desc, tables, sizes, ring, outs, GATHERED, X_NARROW, GROUP)),
             (_producer, (inputs, tables, sizes, ring, P_DIVISOR, Q_DIVISOR, EVEN_P, EVEN_Q, GROUP, PRODUCERS)),
         ],
-        [PRODUCERS],
-        [PRODUCER_REGISTERS],
+        [4, PRODUCERS],
+        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
     )
 
 
@@ -283,7 +303,8 @@ def specialized_dW(
     sides = (dy, n, config.block_n, dy_divisor), (x, k, config.block_k, x_divisor)
     x_narrow = config.block_k < config.block_n
     (p, p_size, p_block, p_divisor), (q, q_size, q_block, q_divisor) = sides[::-1] if x_narrow else sides
-    dw_desc = descriptor(dw, [1, p_block, p_block])  # a wide tile's half is as wide as a narrow one
+    sides_of_half = (q_block // 2, p_block // 2) if x_narrow else (p_block // 2, q_block // 2)
+    dw_desc = descriptor(dw, [1, *sides_of_half])  # a consumer stores half of its wide side at a time
     p_desc = dw_desc if p_divisor else ragged(p, [config.block_m, p_block])  # gathered rows take none
     q_desc = dw_desc if q_divisor else ragged(q, [config.block_m, q_block])
     tiles = experts * cdiv(n, config.block_n) * cdiv(k, config.block_k)
@@ -302,5 +323,7 @@ def specialized_dW(
         BLOCK_Q=q_block,
         STAGES=config.num_stages,
         GROUP=GROUP,
-        **{**WARPS, "PRODUCER_REGISTERS": 72},  # two steps of slots on each side
+        PRODUCER_REGISTERS=72,  # two steps of slots on each side
+        CONSUMER_REGISTERS=216,
+        **WARPS,
     )

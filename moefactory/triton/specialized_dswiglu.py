@@ -22,30 +22,39 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .launch import cdiv, launch, num_programs
-from .specialized import descriptor, phase, split_columns, tile_of
-from .specialized_rows import GROUP_M, make_ring, place_of, producer, steps_of
+from .specialized import descriptor, make_news, phase, split_columns, told
+from .specialized_rows import GROUP_M, make_ring, producer
 
 if TYPE_CHECKING:
     from ..config import KernelConfigBackward_dX
     from .forward import Rows
 
-# 16 warps share 65,536 registers: 128 each, then 40 and 104 for the workers' threads, 184 for the consumer's
-WARPS = {"PRODUCERS": 4, "PRODUCER_REGISTERS": 40, "EPILOGUE_REGISTERS": 104, "num_warps": 8, "maxnreg": 128}
+# 16 warps share 65,536 registers: 128 for each thread at the start, then these; 512 for one of each partition
+WARPS = {
+    "PRODUCERS": 4,
+    "CONSUMER_REGISTERS": 176,
+    "PRODUCER_REGISTERS": 56,
+    "EPILOGUE_REGISTERS": 104,
+    "num_warps": 4,
+    "maxnreg": 128,
+}
 CHUNK_ROWS, CHUNK_COLS = gl.constexpr(16), gl.constexpr(64)  # of dA that the epilogue holds in registers
 
 
 @gluon.jit
-def _hand_over(half, da, handed, handovers):
-    """Two blocks of 64 columns to the epilogue, once it has read the two before."""
-    left, right = half
+def _hand_over(left, right, WHICH: gl.constexpr, da, handed, handovers):
+    """A consumer's rows of two blocks of 64 columns to the epilogue, once it has read the two before."""
+    ROWS: gl.constexpr = da.shape[1] // 2
+    COLS: gl.constexpr = da.shape[2]
+    halves = da._reinterpret(da.dtype, [4, ROWS, COLS], da.layout)
     mbarrier.wait(handed.index(1), (handovers & 1) ^ 1)
-    da.index(0).store(left)
-    da.index(1).store(right)
+    halves.index(WHICH).store(left)
+    halves.index(2 + WHICH).store(right)
     mbarrier.arrive(handed.index(0), count=1)
 
 
 @gluon.jit
-def _multiply(acc, first, count, before, ring, GATHERED: gl.constexpr):
+def _multiply(acc, x_halves, WHICH: gl.constexpr, first, count, before, ring, GATHERED: gl.constexpr):
     """`count` products from step `first` on, of which the last is still under way; `before`: of the tile, already made.
 
     Each gives back the stage of the tile's product before it.
@@ -58,48 +67,47 @@ def _multiply(acc, first, count, before, ring, GATHERED: gl.constexpr):
         mbarrier.wait(full.index(s), phase(step, STAGES))
         if GATHERED:
             fence_async_shared()  # cp.async wrote through the generic proxy, the product reads through the other
-        acc = warpgroup_mma(x_stages.index(s), w_stages.index(s), acc, is_async=True)
+        acc = warpgroup_mma(x_halves.index(2 * s + WHICH), w_stages.index(s), acc, is_async=True)
         acc = warpgroup_mma_wait(1, deps=(acc,))
         mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=index + before > 0)
     return acc
 
 
 @gluon.jit
-def _consumer(tables, sizes, ring, da, handed, GATHERED: gl.constexpr, GROUP_M: gl.constexpr):
-    """dA of each tile, in halves, into the two 64-column blocks `da`."""
-    num_m, num_n, num_experts, K, _width, _M = sizes
+def _consumer(WHICH: gl.constexpr, ring, news, da, handed, GATHERED: gl.constexpr):
+    """The upper (WHICH 0) or the lower half of each tile's rows of dA, its columns in halves, into the blocks `da`."""
     x_stages, w_stages, _full, empty = ring
     DTYPE: gl.constexpr = x_stages.dtype
     STAGES: gl.constexpr = x_stages.shape[0]
-    BLOCK_M: gl.constexpr = x_stages.shape[1]
+    ROWS: gl.constexpr = x_stages.shape[1] // 2
     BLOCK_K: gl.constexpr = x_stages.shape[2]
     BLOCK_N: gl.constexpr = w_stages.shape[2]
-    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BLOCK_N // 2, 16])
-    tiles = num_m * num_n
-    expert, _row0 = place_of(gl.program_id(0), tables, num_m, num_n, num_experts, GROUP_M)
-    kept = split_columns(split_columns(gl.zeros([BLOCK_M, BLOCK_N], DTYPE, mma))[1])
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N // 2, 16])
+    x_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_K], DTYPE)
+    x_halves = x_stages._reinterpret(DTYPE, [2 * STAGES, ROWS, BLOCK_K], x_layout)
+    kept_left, kept_right = split_columns(split_columns(gl.zeros([ROWS, BLOCK_N], DTYPE, mma))[1])
     step = 0
-    handovers = 0
-    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        following = tile + gl.num_programs(0)
-        next_expert, _next_row0 = place_of(following, tables, num_m, num_n, num_experts, GROUP_M)
-        acc = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, mma)
-        steps = steps_of(expert, num_experts, K, BLOCK_K, 0)
-        acc = _multiply(acc, step, steps // 2, 0, ring, GATHERED)
-        if tile >= gl.num_programs(0):
-            _hand_over(kept, da, handed, handovers)
-            handovers += 1
-        acc = _multiply(acc, step + steps // 2, steps - steps // 2, steps // 2, ring, GATHERED)
-        acc = warpgroup_mma_wait(0, deps=(acc,))
+    turn = 0
+    steps, _row0, _row_end, _n = told(news, turn)
+    while steps >= 0:
+        half = steps // 2
+        if steps > 0:
+            acc = gl.zeros([ROWS, BLOCK_N], gl.float32, mma)
+            acc = _multiply(acc, x_halves, WHICH, step, half, 0, ring, GATHERED)
+            if turn > 0:
+                _hand_over(kept_left, kept_right, WHICH, da, handed, 2 * turn - 1)
+            acc = _multiply(acc, x_halves, WHICH, step + half, steps - half, half, ring, GATHERED)
+            acc = warpgroup_mma_wait(0, deps=(acc,))
+            mbarrier.arrive(empty.index((step + steps + STAGES - 1) % STAGES), count=1)
+            left, right = split_columns(acc.to(DTYPE))
+            kept_left, kept_right = split_columns(right)
+            left, right = split_columns(left)
+            _hand_over(left, right, WHICH, da, handed, 2 * turn)
+        elif turn > 0:
+            _hand_over(kept_left, kept_right, WHICH, da, handed, 2 * turn - 1)
         step += steps
-        mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=steps > 0)
-        left, right = split_columns(acc.to(DTYPE))
-        kept = split_columns(right)
-        _hand_over(split_columns(left), da, handed, handovers)
-        handovers += 1
-        expert = next_expert
-    if gl.program_id(0) < tiles:
-        _hand_over(kept, da, handed, handovers)
+        turn += 1
+        steps, _row0, _row_end, _n = told(news, turn)
 
 
 @gluon.jit
@@ -124,11 +132,11 @@ def _epilogue(
     pointers,
     tables,
     sizes,
+    news,
     da,
     rows_of_tile,
     handed,
     HAS_WEIGHTS: gl.constexpr,
-    GROUP_M: gl.constexpr,
     EPILOGUE_WARPS: gl.constexpr,
 ):
     """Of each half of a tile its blocks of CHUNK_ROWS rows, of each block two chunks.
@@ -136,8 +144,8 @@ def _epilogue(
     H is asked for two blocks ahead, over the end of a half and of a tile, slots and routing weights a tile ahead.
     """
     h_ptr, dh_ptr, scaled_a_ptr, ds_ptr, routing_weights_ptr = pointers
-    offsets_ptr, gather_ptr = tables[2], tables[3]
-    num_m, num_n, num_experts, _K, width, M = sizes
+    gather_ptr = tables[3]
+    width, M = sizes[4], sizes[5]
     DTYPE: gl.constexpr = da.dtype
     PARTS: gl.constexpr = da.shape[0]
     BLOCK_M: gl.constexpr = da.shape[1]
@@ -151,10 +159,10 @@ def _epilogue(
     row_of_tile = gl.arange(0, BLOCK_M, layout=flat)
     offs = gl.arange(0, CHUNK_COLS, layout=gl.SliceLayout(0, layout))
     slots, scales = rows_of_tile
-    tiles = num_m * num_n
-    expert, row0 = place_of(gl.program_id(0), tables, num_m, num_n, num_experts, GROUP_M)
-    row_end = gl.load(offsets_ptr + expert + 1)
-    col0 = tile_of(gl.minimum(gl.program_id(0), tiles - 1), num_m, num_n, GROUP_M)[1] * (2 * HALF)
+    handovers = 0
+    turn = 0
+    steps, row0, row_end, tile_n = told(news, turn)
+    col0 = tile_n * (2 * HALF)  # said like this, the compiler knows what it divides
     blocks = gl.cdiv(gl.minimum(row_end - row0, BLOCK_M), CHUNK_ROWS)
     slot_ahead = gl.load(gather_ptr + row0 + row_of_tile, mask=row0 + row_of_tile < M, other=0)
     row1, col1 = _unit(1, blocks, row0, col0, HALF)
@@ -162,15 +170,13 @@ def _epilogue(
     h1 = _load_h(h_ptr, row0, row_end, col0 + CHUNK_COLS, width, layout)
     h2 = _load_h(h_ptr, row1, row_end, col1, width, layout)
     h3 = _load_h(h_ptr, row1, row_end, col1 + CHUNK_COLS, width, layout)
-    handovers = 0
-    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        following = tile + gl.num_programs(0)
-        next_expert, next_row0 = place_of(following, tables, num_m, num_n, num_experts, GROUP_M)
+    while steps > 0:
+        turn += 1
+        next_steps, next_row0, next_end, next_n = told(news, turn)
+        next_col0 = next_n * (2 * HALF)
         slots.store(slot_ahead)
         if HAS_WEIGHTS:
             scales.store(gl.load(routing_weights_ptr + slot_ahead).to(gl.float32))
-        next_end = gl.load(offsets_ptr + next_expert + 1)
-        next_col0 = tile_of(gl.minimum(following, tiles - 1), num_m, num_n, GROUP_M)[1] * (2 * HALF)
         next_blocks = gl.cdiv(gl.minimum(next_end - next_row0, BLOCK_M), CHUNK_ROWS)
         slot_ahead = gl.load(gather_ptr + next_row0 + row_of_tile, mask=next_row0 + row_of_tile < M, other=0)
         for unit in range(2 * blocks):
@@ -213,7 +219,7 @@ def _epilogue(
             gl.store(ds_ptr + (col0 // HALF + half).to(gl.int64) * M + slot, ds, mask=row_ok)
             if block + 1 == blocks:
                 mbarrier.arrive(handed.index(1), count=1)
-        row0, row_end, col0, blocks = next_row0, next_end, next_col0, next_blocks
+        steps, row0, row_end, col0, blocks = next_steps, next_row0, next_end, next_col0, next_blocks
 
 
 @gluon.jit
@@ -245,11 +251,13 @@ def _specialized_dX_dswiglu(
     GROUP_M: gl.constexpr,
     PRODUCERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr,
     EPILOGUE_REGISTERS: gl.constexpr,
 ):
     DTYPE: gl.constexpr = x_ptr.dtype.element_ty
     GATHERED: gl.constexpr = DIVISOR > 0
     ring = make_ring(DTYPE, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, True, 1 + (32 * PRODUCERS if GATHERED else 0))
+    news = make_news()
     da_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, CHUNK_COLS], DTYPE)
     da = gl.allocate_shared_memory(DTYPE, [BLOCK_N // 2 // CHUNK_COLS, BLOCK_M, CHUNK_COLS], da_layout)
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -258,22 +266,25 @@ def _specialized_dX_dswiglu(
         gl.allocate_shared_memory(gl.float32, [BLOCK_M], flat),
     )
     handed = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())  # over, and back
-    mbarrier.init(handed.index(0), count=1)
+    mbarrier.init(handed.index(0), count=2)  # both consumers
     mbarrier.init(handed.index(1), count=1)
     fence_async_shared()
-    tables = (tile_expert_ptr, tile_row_ptr, expert_offsets_ptr, gather_indices_ptr)
+    tables = (tile_expert_ptr, tile_row_ptr, expert_offsets_ptr, gather_indices_ptr, num_tiles_ptr + 1)
     # rows are whole 16 bytes; said like this, the compiler knows it, and copies 16 bytes at a time
     sizes = (gl.load(num_tiles_ptr), gl.cdiv(width, BLOCK_N), num_experts, K // 8 * 8, width // 8 * 8, M)
     pointers = (h_ptr, dh_ptr, scaled_a_ptr, ds_ptr, routing_weights_ptr)
     inputs = (x_desc, w_desc, x_ptr)
+    upper: gl.constexpr = 0
+    lower: gl.constexpr = 1
     gl.warp_specialize(
         [
-            (_consumer, (tables, sizes, ring, da, handed, GATHERED, GROUP_M)),
-            (producer, (inputs, tables, sizes, ring, DIVISOR, False, True, EVEN_K, 0, GROUP_M, PRODUCERS)),
-            (_epilogue, (pointers, tables, sizes, da, rows_of_tile, handed, HAS_WEIGHTS, GROUP_M, PRODUCERS)),
+            (_consumer, (upper, ring, news, da, handed, GATHERED)),
+            (_consumer, (lower, ring, news, da, handed, GATHERED)),
+            (producer, (inputs, tables, sizes, ring, news, DIVISOR, False, True, EVEN_K, 1, GROUP_M, PRODUCERS)),
+            (_epilogue, (pointers, tables, sizes, news, da, rows_of_tile, handed, HAS_WEIGHTS, PRODUCERS)),
         ],
-        [PRODUCERS, PRODUCERS],
-        [PRODUCER_REGISTERS, EPILOGUE_REGISTERS],
+        [4, PRODUCERS, PRODUCERS],
+        [CONSUMER_REGISTERS, PRODUCER_REGISTERS, EPILOGUE_REGISTERS],
     )
 
 

@@ -4,11 +4,12 @@
     PLAIN     forward: x @ W^T; dX: dy @ W (TRANS_W)    y [T*K, width], in expert order or scattered (SCATTER)
     SWIGLU    H = x @ W^T, [gate | up] of a tile        A = silu(gate) * up [T*K, I]; with STORE_H also H [T*K, 2I]
 
-A finished tile is rounded, kept in registers, and stored in parts (the halves of y; of H, then of A) under every other
-of the first products of the next one: the tensor cores wait for the rounding only. One part at a time is staged in
-`out`, apart from the ring. So that the code of a part stands once, a program's loop has a turn more than it has tiles,
-for the last tile's parts, and in its first turn the parts lie outside of the result and are clipped; every turn has at
-least LEAST products, of zeros where a tile has too few of its own (dropped rows, a short reduction, the last turn).
+Two consumers multiply the upper and the lower 64 rows of a tile, or skip a half without rows (MAX_SKIPPED). A finished
+tile is rounded, kept in registers, and stored in parts (the halves of y; of H, then of A) under every other of the
+first products of the next one. One part at a time is staged in `out`, apart from the ring. A program's loop has a turn
+more than it has tiles, for the last tile's parts, and in its first turn the parts lie outside of the result and are
+clipped; every tile has at least LEAST products, of zeros where it has too few of its own (dropped rows, a short
+reduction).
 """
 
 from __future__ import annotations
@@ -31,13 +32,18 @@ from .launch import cdiv, launch, num_programs
 from .specialized import (
     RAGGED,
     WARPS,
+    ask,
+    claimed,
     descriptor,
     halves,
+    make_news,
     phase,
     ragged,
     slots_of,
     split_columns,
+    tell,
     tile_of,
+    told,
 )
 
 if TYPE_CHECKING:
@@ -45,42 +51,42 @@ if TYPE_CHECKING:
     from .forward import Rows
 
 PLAIN, SWIGLU = gl.constexpr(0), gl.constexpr(1)
-GROUP_M = 8
-
-
-@gluon.jit
-def steps_of(expert, num_experts, K, BLOCK_K: gl.constexpr, LEAST: gl.constexpr):
-    """How many products a tile takes: its own (none for dropped rows), and at least LEAST."""
-    return gl.maximum(gl.where(expert < num_experts, gl.cdiv(K, BLOCK_K), 0), LEAST)
+GROUP_M = 4
+AHEAD = gl.constexpr(4)  # steps before a tile's end, and again before that
+# Up to this reduction a lower half without rows is skipped: 3 % of a forward of the 30B model. A longer tile keeps the
+# others waiting too long for the weights that they share with it: the L2 has dropped them (4 % of the 235B model's).
+MAX_SKIPPED = 2048
 
 
 @gluon.jit
 def place_of(tile, tables, num_m, num_n, num_experts, GROUP_M: gl.constexpr):
-    """(expert, first row) of a tile; past the last one its row, and no expert."""
+    """(expert, first row, column tile) of a tile; past the last one its row, and no expert."""
     tile_expert_ptr, tile_row_ptr = tables[0], tables[1]
     tiles = num_m * num_n
-    tile_m, _ = tile_of(gl.minimum(tile, tiles - 1), num_m, num_n, GROUP_M)
+    tile_m, tile_n = tile_of(gl.minimum(tile, tiles - 1), num_m, num_n, GROUP_M)
     expert = gl.load(tile_expert_ptr + tile_m)
-    return gl.where(tile < tiles, expert, num_experts), gl.load(tile_row_ptr + tile_m)
+    return gl.where(tile < tiles, expert, num_experts), gl.load(tile_row_ptr + tile_m), tile_n
 
 
 @gluon.jit
-def producer(
+def _copy_steps(
+    first,
+    end,
+    step,
+    place,
+    slot,
     inputs,
-    tables,
     sizes,
     ring,
     DIVISOR: gl.constexpr,
     WIDE_W: gl.constexpr,
     TRANS_W: gl.constexpr,
     EVEN_K: gl.constexpr,
-    LEAST: gl.constexpr,
-    GROUP_M: gl.constexpr,
-    PRODUCERS: gl.constexpr,
+    rows_layout: gl.constexpr,
 ):
-    """Fill the ring: rows of x, by TMA or through the index, and W, with WIDE_W gate and up rows side by side."""
-    gather_ptr = tables[3]
-    num_m, num_n, num_experts, K, _, M = sizes
+    """Fill the ring with a tile's products `first` to `end`, the tile's first at `step`."""
+    expert, row0, row_end, tile_n = place
+    num_experts, K = sizes[2], sizes[3]
     x_desc, w_desc, x_ptr = inputs
     x_stages, w_stages, full, empty = ring
     DTYPE: gl.constexpr = x_ptr.dtype.element_ty
@@ -89,54 +95,101 @@ def producer(
     BLOCK_K: gl.constexpr = x_stages.shape[2]
     BLOCK_N: gl.constexpr = w_stages.shape[2] if TRANS_W else w_stages.shape[1]
     OUT_N: gl.constexpr = BLOCK_N // 2 if WIDE_W else BLOCK_N
+    kept = expert < num_experts  # of dropped rows both operands are zeros
+    if DIVISOR > 0:
+        lane = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, rows_layout))
+        offs_k = gl.arange(0, BLOCK_K, layout=gl.SliceLayout(0, rows_layout))
+        x_ptrs = x_ptr + (slot // DIVISOR).to(gl.int64)[:, None] * K + offs_k[None, :]
+        row_ok = (row0 + lane < row_end) & kept
+    for index in range(first, end):
+        k = index * BLOCK_K
+        s = (step + index) % STAGES
+        ready = full.index(s)
+        w_stage = w_stages.index(s)
+        mbarrier.wait(empty.index(s), phase(step + index, STAGES) ^ 1)
+        mbarrier.expect(ready, (BLOCK_N * BLOCK_K + (BLOCK_M * BLOCK_K if DIVISOR == 0 else 0)) * 2)
+        if TRANS_W:
+            w_box = w_stage._reinterpret(DTYPE, [1, BLOCK_K, BLOCK_N], w_desc.layout)
+            tma.async_copy_global_to_shared(w_desc, [expert, k, tile_n * OUT_N], ready, w_box)
+        elif WIDE_W:
+            w_box = w_stage._reinterpret(DTYPE, [2, OUT_N, BLOCK_K], w_desc.layout)
+            tma.async_copy_global_to_shared(w_desc, [expert * 2, tile_n * OUT_N, k], ready, w_box)
+        else:
+            w_box = w_stage._reinterpret(DTYPE, [1, BLOCK_N, BLOCK_K], w_desc.layout)
+            tma.async_copy_global_to_shared(w_desc, [expert, tile_n * OUT_N, k], ready, w_box)
+        if DIVISOR == 0:
+            tma.async_copy_global_to_shared(x_desc, [gl.where(kept, row0, RAGGED), k], ready, x_stages.index(s))
+        else:
+            if EVEN_K:
+                mask = (offs_k >= 0)[None, :] & row_ok[:, None]
+            else:
+                mask = (offs_k < K - k)[None, :] & row_ok[:, None]
+            async_copy.async_copy_global_to_shared(x_stages.index(s), x_ptrs + k, mask=mask)
+            async_copy.mbarrier_arrive(ready, increment_count=False)
+
+
+@gluon.jit
+def producer(
+    inputs,
+    tables,
+    sizes,
+    ring,
+    news,
+    DIVISOR: gl.constexpr,
+    WIDE_W: gl.constexpr,
+    TRANS_W: gl.constexpr,
+    EVEN_K: gl.constexpr,
+    LEAST: gl.constexpr,
+    GROUP_M: gl.constexpr,
+    PRODUCERS: gl.constexpr,
+):
+    """Choose tiles, tell of them, and fill the ring: rows of x, by TMA or through the index, and W, with WIDE_W gate
+    and up rows side by side.
+
+    A tile is claimed late, so that tiles are begun in their order: neighbours share W, which the L2 does not keep for
+    long. Claim, place and slots wait for one another; each is asked for a few steps before it is needed.
+    """
+    offsets_ptr, gather_ptr, counter_ptr = tables[2], tables[3], tables[4]
+    num_m, num_n, num_experts, K, _, M = sizes
+    BLOCK_M: gl.constexpr = ring[0].shape[1]
+    BLOCK_K: gl.constexpr = ring[0].shape[2]
     rows_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_K, BLOCK_K // 8], [PRODUCERS, 1], [1, 0])
     lane = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, rows_layout))
-    offs_k = gl.arange(0, BLOCK_K, layout=gl.SliceLayout(0, rows_layout))
-    first = gl.program_id(0)
-    expert, row0 = place_of(first, tables, num_m, num_n, num_experts, GROUP_M)
-    next_expert, next_row0 = place_of(first + gl.num_programs(0), tables, num_m, num_n, num_experts, GROUP_M)
+    thread = gl.arange(0, 32 * PRODUCERS, layout=gl.BlockedLayout([1], [32], [PRODUCERS], [0]))
+    tiles = num_m * num_n
+    steps = gl.maximum(gl.cdiv(K, BLOCK_K), LEAST)
+    tile = gl.program_id(0)
+    expert, row0, tile_n = place_of(tile, tables, num_m, num_n, num_experts, GROUP_M)
+    row_end = gl.load(offsets_ptr + expert + 1)
     slot = slots_of(row0 + lane, M, gather_ptr, DIVISOR)
     step = 0
-    for tile in range(first, num_m * num_n + gl.num_programs(0), gl.num_programs(0)):
-        _, tile_n = tile_of(gl.minimum(tile, num_m * num_n - 1), num_m, num_n, GROUP_M)
-        # places are asked for two tiles ahead, slots one: loads that wait for one another, under the tiles' copies
-        later = tile + 2 * gl.num_programs(0)
-        later_expert, later_row0 = place_of(later, tables, num_m, num_n, num_experts, GROUP_M)
+    turn = 0
+    while tile < tiles:
+        # of dropped rows there are a few products, of zeros, so that nobody is told of more tiles than `news` hold
+        count = gl.where(expert < num_experts, steps, LEAST)
+        tell(news, turn, count, row0, row_end, tile_n)
+        place = (expert, row0, row_end, tile_n)
+        first = gl.maximum(count - 3 * AHEAD, 0)
+        second = gl.maximum(count - 2 * AHEAD, 0)
+        third = gl.maximum(count - AHEAD, 0)
+        _copy_steps(0, first, step, place, slot, inputs, sizes, ring, DIVISOR, WIDE_W, TRANS_W, EVEN_K, rows_layout)
+        answer = ask(tile, tiles, counter_ptr, thread)
+        _copy_steps(
+            first, second, step, place, slot, inputs, sizes, ring, DIVISOR, WIDE_W, TRANS_W, EVEN_K, rows_layout
+        )
+        tile = claimed(answer, tile, tiles, counter_ptr, thread)
+        next_expert, next_row0, next_n = place_of(tile, tables, num_m, num_n, num_experts, GROUP_M)
+        _copy_steps(
+            second, third, step, place, slot, inputs, sizes, ring, DIVISOR, WIDE_W, TRANS_W, EVEN_K, rows_layout
+        )
+        next_end = gl.load(offsets_ptr + next_expert + 1)
         next_slot = slots_of(next_row0 + lane, M, gather_ptr, DIVISOR)
-        kept = expert < num_experts  # without an expert, W lies past its last one and x is masked: zeros
-        if DIVISOR > 0:
-            # rows past the end read a row that exists and are never stored
-            x_ptrs = x_ptr + (slot // DIVISOR).to(gl.int64)[:, None] * K + offs_k[None, :]
-            row_ok = (lane >= 0) & kept
-        for index in range(steps_of(expert, num_experts, K, BLOCK_K, LEAST)):
-            k = index * BLOCK_K
-            s = step % STAGES
-            ready = full.index(s)
-            w_stage = w_stages.index(s)
-            mbarrier.wait(empty.index(s), phase(step, STAGES) ^ 1)
-            mbarrier.expect(ready, (BLOCK_N * BLOCK_K + (BLOCK_M * BLOCK_K if DIVISOR == 0 else 0)) * 2)
-            if TRANS_W:
-                w_box = w_stage._reinterpret(DTYPE, [1, BLOCK_K, BLOCK_N], w_desc.layout)
-                tma.async_copy_global_to_shared(w_desc, [expert, k, tile_n * OUT_N], ready, w_box)
-            elif WIDE_W:
-                w_box = w_stage._reinterpret(DTYPE, [2, OUT_N, BLOCK_K], w_desc.layout)
-                tma.async_copy_global_to_shared(w_desc, [expert * 2, tile_n * OUT_N, k], ready, w_box)
-            else:
-                w_box = w_stage._reinterpret(DTYPE, [1, BLOCK_N, BLOCK_K], w_desc.layout)
-                tma.async_copy_global_to_shared(w_desc, [expert, tile_n * OUT_N, k], ready, w_box)
-            if DIVISOR == 0:
-                row = gl.where(kept, row0, RAGGED)
-                tma.async_copy_global_to_shared(x_desc, [row, k], ready, x_stages.index(s))
-            else:
-                if EVEN_K:
-                    mask = (offs_k >= 0)[None, :] & row_ok[:, None]
-                else:
-                    mask = (offs_k < K - k)[None, :] & row_ok[:, None]
-                async_copy.async_copy_global_to_shared(x_stages.index(s), x_ptrs + k, mask=mask)
-                async_copy.mbarrier_arrive(ready, increment_count=False)
-            step += 1
-        expert, row0, slot = next_expert, next_row0, next_slot
-        next_expert, next_row0 = later_expert, later_row0
+        _copy_steps(third, count, step, place, slot, inputs, sizes, ring, DIVISOR, WIDE_W, TRANS_W, EVEN_K, rows_layout)
+        expert, row0, row_end, tile_n, slot = next_expert, next_row0, next_end, next_n, next_slot
+        step += count
+        turn += 1
+    tell(news, turn, 0, 0, 0, 0)  # the last tile is stored under a turn without products
+    tell(news, turn + 1, -1, 0, 0, 0)
 
 
 @gluon.jit
@@ -152,7 +205,8 @@ def _scatter(stage, y_ptr, slot, col0, width, layout: gl.constexpr):
 @gluon.jit
 def _store_part(
     PART: gl.constexpr,
-    tile,
+    left,
+    right,
     place,
     slot,
     outputs,
@@ -163,12 +217,11 @@ def _store_part(
     SCATTER: gl.constexpr,
     STORE_H: gl.constexpr,
 ):
-    """One part of a finished tile, `tile` its halves: y's halves in turn; with SWIGLU H's (STORE_H), then A's."""
-    left, right = tile
+    """One part of a finished tile, given its halves: y's halves in turn; with SWIGLU H's (STORE_H), then A's."""
     row_end, ragged_row, col0 = place
     y_desc, h_desc, y_ptr = outputs
     DTYPE: gl.constexpr = y_ptr.dtype.element_ty
-    BLOCK_M: gl.constexpr = out.shape[0]
+    ROWS: gl.constexpr = out.shape[0]
     HALF: gl.constexpr = out.shape[1]
     tma.store_wait(0)  # of the part before
     SIDE: gl.constexpr = PART - 2 if STORE_H else PART
@@ -176,11 +229,11 @@ def _store_part(
         # H is rounded before the activation, as it is when the activation is a kernel of its own
         gate = split_columns(left)[SIDE].to(gl.float32)
         a = gate * (1.0 / (1.0 + gl.exp(-gate))) * split_columns(right)[SIDE].to(gl.float32)
-        quarter: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, HALF // 2], DTYPE)
-        stage = out._reinterpret(DTYPE, [2, BLOCK_M, HALF // 2], quarter).index(SIDE)
+        quarter: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, HALF // 2], DTYPE)
+        stage = out._reinterpret(DTYPE, [2, ROWS, HALF // 2], quarter).index(SIDE)
         stage.store(a.to(DTYPE))
         fence_async_shared()
-        box = stage._reinterpret(DTYPE, [1, 1, BLOCK_M, HALF // 2], y_desc.layout)
+        box = stage._reinterpret(DTYPE, [1, 1, ROWS, HALF // 2], y_desc.layout)
         tma.async_copy_shared_to_global(y_desc, [RAGGED, row_end, ragged_row, col0 + SIDE * (HALF // 2)], box)
     else:
         if PART == 0:
@@ -192,87 +245,102 @@ def _store_part(
         else:
             fence_async_shared()
             if MODE == SWIGLU:
-                box = out._reinterpret(DTYPE, [1, 1, 1, BLOCK_M, HALF], h_desc.layout)
+                box = out._reinterpret(DTYPE, [1, 1, 1, ROWS, HALF], h_desc.layout)
                 tma.async_copy_shared_to_global(h_desc, [RAGGED, row_end, PART, ragged_row, col0], box)
             else:
-                box = out._reinterpret(DTYPE, [1, 1, BLOCK_M, HALF], y_desc.layout)
+                box = out._reinterpret(DTYPE, [1, 1, ROWS, HALF], y_desc.layout)
                 tma.async_copy_shared_to_global(y_desc, [RAGGED, row_end, ragged_row, col0 + PART * HALF], box)
 
 
 @gluon.jit
 def _consumer(
+    WHICH: gl.constexpr,
     outputs,
     tables,
     sizes,
     ring,
-    out,
+    news,
+    outs,
     GATHERED: gl.constexpr,
     MODE: gl.constexpr,
     TRANS_W: gl.constexpr,
     SCATTER: gl.constexpr,
     STORE_H: gl.constexpr,
     LEAST: gl.constexpr,
-    GROUP_M: gl.constexpr,
+    SKIP: gl.constexpr,
 ):
-    offsets_ptr, gather_ptr = tables[2], tables[3]
-    num_m, num_n, num_experts, K, width, _ = sizes
+    """The upper (WHICH 0) or the lower half of each tile's rows; with SKIP, nothing for a half without rows."""
+    gather_ptr = tables[3]
+    width = sizes[4]
     x_stages, w_stages, full, empty = ring
     DTYPE: gl.constexpr = x_stages.dtype
     STAGES: gl.constexpr = x_stages.shape[0]
-    BLOCK_M: gl.constexpr = x_stages.shape[1]
+    ROWS: gl.constexpr = x_stages.shape[1] // 2
     BLOCK_K: gl.constexpr = x_stages.shape[2]
     BLOCK_N: gl.constexpr = w_stages.shape[2] if TRANS_W else w_stages.shape[1]
     HALF: gl.constexpr = BLOCK_N // 2
     OUT_N: gl.constexpr = HALF if MODE == SWIGLU else BLOCK_N
-    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BLOCK_N, 16])
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HALF, HALF // 8], [8, 1], [1, 0])
-    lane = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, layout))
-    expert, row0 = place_of(gl.program_id(0), tables, num_m, num_n, num_experts, GROUP_M)
-    row_end = gl.load(offsets_ptr + expert + 1)
-    finished = split_columns(gl.zeros([BLOCK_M, BLOCK_N], DTYPE, mma))
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HALF, HALF // 8], [4, 1], [1, 0])
+    x_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_K], DTYPE)
+    x_halves = x_stages._reinterpret(DTYPE, [2 * STAGES, ROWS, BLOCK_K], x_layout)
+    out = outs.index(WHICH)
+    lane = WHICH * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+    left, right = split_columns(gl.zeros([ROWS, BLOCK_N], DTYPE, mma))
     place = (0, RAGGED, 0)  # past the end of the result: of the first turn nothing is stored
-    slot = gl.full([BLOCK_M], -1, gl.int32, gl.SliceLayout(1, layout))
+    slot = gl.full([ROWS], -1, gl.int32, gl.SliceLayout(1, layout))
     step = 0
-    for tile in range(gl.program_id(0), num_m * num_n + gl.num_programs(0), gl.num_programs(0)):
-        _, tile_n = tile_of(gl.minimum(tile, num_m * num_n - 1), num_m, num_n, GROUP_M)
-        following = tile + gl.num_programs(0)
-        next_expert, next_row0 = place_of(following, tables, num_m, num_n, num_experts, GROUP_M)  # nothing waits for it
-        acc = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, mma)
-        for turn in gl.static_range(LEAST):
-            s = step % STAGES
-            mbarrier.wait(full.index(s), phase(step, STAGES))
-            if GATHERED:
-                fence_async_shared()  # cp.async wrote through the generic proxy, the product reads through the other
-            w_stage = w_stages.index(s) if TRANS_W else w_stages.index(s).permute((1, 0))
-            acc = warpgroup_mma(x_stages.index(s), w_stage, acc, use_acc=turn > 0, is_async=True)
-            if turn % 2 == 0:  # every other product: by then the part before has left `out`
-                _store_part(turn // 2, finished, place, slot, outputs, out, width, layout, MODE, SCATTER, STORE_H)
-            acc = warpgroup_mma_wait(1, deps=(acc,))
-            if turn > 0:
-                mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
-            step += 1
-        next_end = gl.load(offsets_ptr + next_expert + 1)
-        if SCATTER:
-            slot = gl.load(gather_ptr + row0 + lane, mask=row0 + lane < row_end, other=-1)
-        # Triton (3.6, 3.7) takes a carried value whose only use is a loop's bound for invariant: `rest` is also added
-        rest = steps_of(expert, num_experts, K, BLOCK_K, LEAST) - LEAST
-        for index in range(rest):
-            s = (step + index) % STAGES
-            mbarrier.wait(full.index(s), phase(step + index, STAGES))
-            if GATHERED:
-                fence_async_shared()
-            w_stage = w_stages.index(s) if TRANS_W else w_stages.index(s).permute((1, 0))
-            acc = warpgroup_mma(x_stages.index(s), w_stage, acc, is_async=True)
-            acc = warpgroup_mma_wait(1, deps=(acc,))
-            mbarrier.arrive(empty.index((step + index + STAGES - 1) % STAGES), count=1)
-        step += rest
-        acc = warpgroup_mma_wait(0, deps=(acc,))
-        mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
-        finished = split_columns(acc.to(DTYPE))
-        place = (row_end, RAGGED - row_end + row0, tile_n * OUT_N)
-        expert = next_expert
-        row0 = next_row0
-        row_end = next_end
+    turn = 0
+    steps, row0, row_end, tile_n = told(news, turn)
+    while steps >= 0:
+        some = steps > 0
+        if SKIP:
+            some = some & (row0 + WHICH * ROWS < row_end)
+        if some:
+            acc = gl.zeros([ROWS, BLOCK_N], gl.float32, mma)
+            for index in gl.static_range(LEAST):
+                s = (step + index) % STAGES
+                mbarrier.wait(full.index(s), phase(step + index, STAGES))
+                if GATHERED:
+                    fence_async_shared()  # cp.async wrote through the generic proxy, the product reads another way
+                w_stage = w_stages.index(s) if TRANS_W else w_stages.index(s).permute((1, 0))
+                acc = warpgroup_mma(x_halves.index(2 * s + WHICH), w_stage, acc, use_acc=index > 0, is_async=True)
+                if index % 2 == 0:  # every other product: by then the part before has left `out`
+                    _store_part(
+                        index // 2, left, right, place, slot, outputs, out, width, layout, MODE, SCATTER, STORE_H
+                    )
+                acc = warpgroup_mma_wait(1, deps=(acc,))
+                if index > 0:
+                    mbarrier.arrive(empty.index((step + index + STAGES - 1) % STAGES), count=1)
+            if SCATTER:
+                slot = gl.load(gather_ptr + row0 + lane, mask=row0 + lane < row_end, other=-1)
+            for index in range(LEAST, steps):
+                s = (step + index) % STAGES
+                mbarrier.wait(full.index(s), phase(step + index, STAGES))
+                if GATHERED:
+                    fence_async_shared()
+                w_stage = w_stages.index(s) if TRANS_W else w_stages.index(s).permute((1, 0))
+                acc = warpgroup_mma(x_halves.index(2 * s + WHICH), w_stage, acc, is_async=True)
+                acc = warpgroup_mma_wait(1, deps=(acc,))
+                mbarrier.arrive(empty.index((step + index + STAGES - 1) % STAGES), count=1)
+            acc = warpgroup_mma_wait(0, deps=(acc,))
+            mbarrier.arrive(empty.index((step + steps + STAGES - 1) % STAGES), count=1)
+            left, right = split_columns(acc.to(DTYPE))
+        else:
+            for part in gl.static_range((LEAST + 1) // 2):
+                _store_part(part, left, right, place, slot, outputs, out, width, layout, MODE, SCATTER, STORE_H)
+            for index in range(steps):
+                s = (step + index) % STAGES
+                mbarrier.wait(full.index(s), phase(step + index, STAGES))
+                mbarrier.arrive(empty.index(s), count=1)
+            if SCATTER:
+                slot = gl.load(gather_ptr + row0 + lane, mask=row0 + lane < row_end, other=-1)
+            left, right = split_columns(gl.zeros([ROWS, BLOCK_N], DTYPE, mma))
+        # a product, so that the compiler knows what divides the column, and moves 16 bytes at a time
+        place = (row_end, RAGGED - row_end + row0 + WHICH * ROWS, tile_n * OUT_N)
+        step += steps
+        turn += 1
+        steps, row0, row_end, tile_n = told(news, turn)
     tma.store_wait(0)
 
 
@@ -299,6 +367,7 @@ def _specialized_rows(
     SCATTER: gl.constexpr,
     STORE_H: gl.constexpr,
     LEAST: gl.constexpr,
+    SKIP: gl.constexpr,
     EVEN_K: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
@@ -307,30 +376,71 @@ def _specialized_rows(
     GROUP_M: gl.constexpr,
     PRODUCERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr,
 ):
     DTYPE: gl.constexpr = x_ptr.dtype.element_ty
     GATHERED: gl.constexpr = DIVISOR > 0
     WIDE_W: gl.constexpr = MODE == SWIGLU
     HALF: gl.constexpr = BLOCK_N // 2
     ring = make_ring(DTYPE, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, TRANS_W, 1 + (32 * PRODUCERS if GATHERED else 0))
-    out_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, HALF], DTYPE)
-    out = gl.allocate_shared_memory(DTYPE, [BLOCK_M, HALF], out_layout)
-    tables = (tile_expert_ptr, tile_row_ptr, expert_offsets_ptr, gather_indices_ptr)
+    news = make_news()
+    out_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M // 2, HALF], DTYPE)
+    outs = gl.allocate_shared_memory(DTYPE, [2, BLOCK_M // 2, HALF], out_layout)
+    tables = (tile_expert_ptr, tile_row_ptr, expert_offsets_ptr, gather_indices_ptr, num_tiles_ptr + 1)
     # TMA needs rows of whole 16 bytes; said like this, the compiler knows it, and copies 16 bytes at a time
     num_n = gl.cdiv(width, HALF if WIDE_W else BLOCK_N)
     sizes = (gl.load(num_tiles_ptr), num_n, num_experts, K // 8 * 8, width // 8 * 8, M)
     outputs = (y_desc, h_desc, y_ptr)
     inputs = (x_desc, w_desc, x_ptr)
+    upper: gl.constexpr = 0
+    lower: gl.constexpr = 1
     gl.warp_specialize(
         [
             (
                 _consumer,
-                (outputs, tables, sizes, ring, out, GATHERED, MODE, TRANS_W, SCATTER, STORE_H, LEAST, GROUP_M),
+                (
+                    upper,
+                    outputs,
+                    tables,
+                    sizes,
+                    ring,
+                    news,
+                    outs,
+                    GATHERED,
+                    MODE,
+                    TRANS_W,
+                    SCATTER,
+                    STORE_H,
+                    LEAST,
+                    SKIP,
+                ),
             ),
-            (producer, (inputs, tables, sizes, ring, DIVISOR, WIDE_W, TRANS_W, EVEN_K, LEAST, GROUP_M, PRODUCERS)),
+            (
+                _consumer,
+                (
+                    lower,
+                    outputs,
+                    tables,
+                    sizes,
+                    ring,
+                    news,
+                    outs,
+                    GATHERED,
+                    MODE,
+                    TRANS_W,
+                    SCATTER,
+                    STORE_H,
+                    LEAST,
+                    SKIP,
+                ),
+            ),
+            (
+                producer,
+                (inputs, tables, sizes, ring, news, DIVISOR, WIDE_W, TRANS_W, EVEN_K, LEAST, GROUP_M, PRODUCERS),
+            ),
         ],
-        [PRODUCERS],
-        [PRODUCER_REGISTERS],
+        [4, PRODUCERS],
+        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
     )
 
 
@@ -355,7 +465,7 @@ def make_ring(
     for s in gl.static_range(STAGES):
         # one arrival says which bytes TMA brings; with a gather every producing thread arrives for its copies, too
         mbarrier.init(full.index(s), count=ARRIVALS)
-        mbarrier.init(empty.index(s), count=1)
+        mbarrier.init(empty.index(s), count=2)  # both consumers
     fence_async_shared()
     return x_stages, w_stages, full, empty
 
@@ -392,12 +502,15 @@ def _launch(
         *(experts, rows.gather_indices.shape[0], reduced, width),
         **{"SCATTER": False, "STORE_H": False, **flags},
         LEAST=least,
+        SKIP=reduced <= MAX_SKIPPED,
         EVEN_K=reduced % block_k == 0 and reduced >= least * block_k,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_K=block_k,
         STAGES=config.num_stages,
         GROUP_M=GROUP_M,
+        PRODUCER_REGISTERS=56 if flags["DIVISOR"] else 48,
+        CONSUMER_REGISTERS=224 if flags["DIVISOR"] else 232,
         **WARPS,
     )
 
@@ -419,12 +532,12 @@ def specialized_forward(
     half, quarter = config.block_n // 2, config.block_n // 4
     flags = {"DIVISOR": rows.top_k if permute_x else 0, "TRANS_W": False}
     if swiglu:
-        y_desc = ragged(y, [config.block_m, quarter])
-        h_desc = y_desc if h is None else ragged(h, [1, config.block_m, half], *halves(h))
+        y_desc = ragged(y, [config.block_m // 2, quarter])
+        h_desc = y_desc if h is None else ragged(h, [1, config.block_m // 2, half], *halves(h))
         flags |= {"MODE": SWIGLU.value, "STORE_H": h is not None}
         _launch("forward_up", x, weight, rows, config, sides, (y_desc, h_desc, y), **flags)
         return
-    y_desc = ragged(y, [config.block_m, half])
+    y_desc = ragged(y, [config.block_m // 2, half])
     flags |= {"MODE": PLAIN.value, "SCATTER": permute_y}
     _launch("forward", x, weight, rows, config, sides, (y_desc, y_desc, y), **flags)
 
@@ -441,6 +554,6 @@ def specialized_dX(
 ) -> None:
     """Fill dx [T*K,K]; see `backward_dX.dX_gemm`."""
     sides = config.block_m, config.block_k, config.block_n  # the sum is over n
-    dx_desc = ragged(dx, [config.block_m, config.block_k // 2])
+    dx_desc = ragged(dx, [config.block_m // 2, config.block_k // 2])
     flags = {"DIVISOR": dy_divisor, "MODE": PLAIN.value, "TRANS_W": True, "SCATTER": scatter}
     _launch("dX", dy, weight, rows, config, sides, (dx_desc, dx_desc, dx), **flags)
