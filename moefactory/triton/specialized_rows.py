@@ -53,9 +53,10 @@ if TYPE_CHECKING:
 PLAIN, SWIGLU = gl.constexpr(0), gl.constexpr(1)
 GROUP_M = 4
 AHEAD = gl.constexpr(4)  # steps before a tile's end, and again before that
-# Up to this reduction a lower half without rows is skipped: 3 % of a forward of the 30B model. A longer tile keeps the
-# others waiting too long for the weights that they share with it: the L2 has dropped them (4 % of the 235B model's).
-MAX_SKIPPED = 2048
+# With up to so many weights an expert, a lower half without rows is skipped: 3 % of a forward of the 30B model. Tiles
+# then differ in time, and the L2 has dropped larger weights before the last tile that shares them asks for them: for
+# the 235B model it costs 4 %.
+MAX_SKIPPED = 2**22
 
 
 @gluon.jit
@@ -502,7 +503,7 @@ def _launch(
         *(experts, rows.gather_indices.shape[0], reduced, width),
         **{"SCATTER": False, "STORE_H": False, **flags},
         LEAST=least,
-        SKIP=reduced <= MAX_SKIPPED,
+        SKIP=n * k <= MAX_SKIPPED,
         EVEN_K=reduced % block_k == 0 and reduced >= least * block_k,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
