@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,6 +27,7 @@ FILES = (
     "tests/test_bench.py",
     "tests/test_tune_verb.py",
 )
+RACE = re.compile(r"(Race reported|hazard).* at ")  # how racecheck says between which lines of a kernel
 OUTCOME = re.compile(r"(PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS) (tests/\S+?\.py)::(.*?) *$")
 
 
@@ -34,8 +35,8 @@ def parsed(log: str) -> dict[str, dict[str, list[str]]]:
     """outcome -> file -> names of the cases, from pytest's verbose output."""
     found: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
     for line in log.splitlines():
-        if match := OUTCOME.search(line):
-            found[match[1].lower()][match[2]].add(match[3])
+        if match := OUTCOME.search(line):  # of a failure the last lines say once more that it is one, and why
+            found[match[1].lower()][match[2]].add(match[3].partition(" - ")[0])
     return {outcome: {file: sorted(names) for file, names in files.items()} for outcome, files in found.items()}
 
 
@@ -59,7 +60,9 @@ def sanitizers() -> dict[str, str]:
             verdicts[tool] = f"cut off after {SANITIZER_SECONDS} s"
             continue
         summary = [line.strip("= ") for line in text.splitlines() if "SUMMARY" in line]
-        verdicts[tool] = f"exit code {process.returncode}; {'; '.join(summary) or 'no summary'}"
+        races = Counter(re.sub(r"0x[0-9a-f]+", "", line).strip("= ") for line in text.splitlines() if RACE.search(line))
+        where = [f"{count} times {line}" for line, count in sorted(races.items())]
+        verdicts[tool] = "; ".join((f"exit code {process.returncode}", *(summary or ["no summary"]), *where))
     return verdicts
 
 
