@@ -29,7 +29,7 @@ class BenchRow:
         measure: forward (no_grad), step (forward and backward), or graph (replay of a captured forward).
         status: ok, refused (an illegal configuration, or this machine cannot run it), skipped (a peer that is not
             there), out of memory, or error; `reason` says more.
-        p20_ms, p50_ms, p80_ms: quantiles over the calls.
+        p20_ms, p50_ms, p80_ms: quantiles over the calls, the median of `measure.ROUNDS` rounds.
         dense_ms: the dense products of this measure, in the same run; share: theirs over p50.
         tflops: 10^12 operations a second at p50, those of the dense products.
         held_mib, peak_mib: of a step on a GPU, beyond weights and inputs.

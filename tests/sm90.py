@@ -67,6 +67,20 @@ def gather_widths(ptx: str) -> list[int]:
     return [int(width, 0) for width in re.findall(r"cp\.async\.c[ag]\.shared\S* \[[^]]*\], \[[^]]*\], (\w+)", ptx)]
 
 
+def unguarded_arrivals(ptx: str) -> list[str]:
+    """Arrivals at a barrier after an access to shared memory, or a product, that no barrier of the partition follows:
+    one thread arrives for all, and would do so before the others are done."""
+    found, access = [], ""
+    for line in ptx.splitlines():
+        if re.search(r"\bbar(rier)?\.sync\b", line):
+            access = ""
+        elif re.search(r"\bmbarrier\.arrive\.shared\S* ", line):
+            found += [access] if access else []
+        elif re.search(r"\b(ld|st)\.shared\b|\b(ld|st)matrix\b|\bwgmma\.mma_async\b", line):
+            access = line.strip()
+    return found
+
+
 def nested_loops(ttgir: str) -> list[tuple[str, list[str]]]:
     """(partition, stale bounds) of every loop inside a loop. A bound is stale if it is made of a load before the outer
     loop, from global or shared memory, and of nothing that the outer loop carries: then it is the first tile's at every
@@ -212,6 +226,8 @@ def compiled(variant: Variant) -> dict[str, Any]:
         "tma stores": len(re.findall(r"\bcp\.async\.bulk\.tensor\S*\.global\.shared::cta\b", ptx)),
         "gather widths": gather_widths(ptx),
         "nested loops": nested_loops(binary.asm["ttgir"]),
+        "arrivals": len(re.findall(r"\bmbarrier\.arrive\.shared\S* ", ptx)),
+        "unguarded arrivals": unguarded_arrivals(ptx),
         "spills": _spills(ptx),
     }
 

@@ -151,6 +151,21 @@ def test_a_stale_bound_is_found() -> None:
     assert sm90.nested_loops(STALE_WHILE) == [("partition1", []), ("partition1", ["%9"])]
 
 
+@by_variant
+def test_nobody_arrives_before_the_others_are_done(variant: str, code: dict[str, dict[str, Any]]) -> None:
+    """A stage is given back, a tile told of, a half handed over by one thread, after a barrier of its partition."""
+    assert code[variant]["arrivals"] >= 2
+    assert code[variant]["unguarded arrivals"] == []
+
+
+def test_an_arrival_without_a_barrier_is_found() -> None:
+    """The store of one thread, the arrival of another."""
+    arrival = "@%p1 mbarrier.arrive.shared::cta.b64 _, [%r1];"
+    store, barrier = "st.shared.v4.b32 [%r2], {%r3, %r4, %r5, %r6};", "bar.sync 3, 128;"
+    assert sm90.unguarded_arrivals("\n".join([store, barrier, arrival])) == []
+    assert sm90.unguarded_arrivals("\n".join([barrier, store, arrival, barrier, arrival])) == [store]
+
+
 def test_the_variants_are_all_that_a_step_launches() -> None:
     """Every kernel with and without a gather, in whole tiles and in rows of 8 elements, in both dtypes."""
     seen = {(one.kernel, bool(one.gathered)) for one in VARIANTS.values()}
