@@ -68,15 +68,16 @@ def gather_widths(ptx: str) -> list[int]:
 
 
 def unguarded_arrivals(ptx: str) -> list[str]:
-    """Arrivals at a barrier after an access to shared memory, or a product, that no barrier of the partition follows:
-    one thread arrives for all, and would do so before the others are done."""
+    """Arrivals at a barrier after an access to shared memory, a product or a wait that no barrier of the partition
+    follows: one thread arrives for all, and would do so before the others are done, or have seen the phase they wait
+    for."""
     found, access = [], ""
     for line in ptx.splitlines():
         if re.search(r"\bbar(rier)?\.sync\b", line):
             access = ""
         elif re.search(r"\bmbarrier\.arrive\.shared\S* ", line):
             found += [access] if access else []
-        elif re.search(r"\b(ld|st)\.shared\b|\b(ld|st)matrix\b|\bwgmma\.mma_async\b", line):
+        elif re.search(r"\b(ld|st)\.shared\b|\b(ld|st)matrix\b|\bwgmma\.mma_async\b|\bmbarrier\.try_wait\b", line):
             access = line.strip()
     return found
 

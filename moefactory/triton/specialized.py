@@ -10,8 +10,8 @@ and stores while the other multiplies. They are written in Gluon, Triton's lower
 capability 9.0. The plain kernels are their reference and give the same bits, but for the last one of what follows the
 fused dSwiGLU.
 
-Programs of the row kernels claim their tiles from a counter, since tiles differ in time: a tile of which the lower half
-has no rows is half the products. The producer claims, and tells the other partitions in `news`.
+Programs of the row kernels claim their tiles from a counter, since tiles differ in time, most of all where a half
+without rows is skipped. The producer claims, and tells the other partitions in `news`.
 
 A ragged descriptor clips at a row that is known on the device only. Its row dimension is RAGGED long, and a box is
 placed so that the expert's end lies at RAGGED: the hardware writes nothing behind it and reads zeros from there. Two
@@ -101,12 +101,12 @@ def claimed(answer, tile, tiles, counter_ptr, lane):
     """The tile that was claimed. The counter is 0 before and after a kernel: its last claim sets it back."""
     programs = gl.num_programs(0)
     number = gl.sum(gl.where(lane == 0, answer, 0), axis=0)
-    last = gl.maximum(tiles - programs, 0) + gl.minimum(tiles, programs) - 1  # a claim a tile, and one too many each
-    gl.store(counter_ptr, 0, mask=(tile < tiles) & (number == last))
+    # each tile's program claims one more while it works: as many claims as tiles, whatever the number of programs
+    gl.store(counter_ptr, 0, mask=(tile < tiles) & (number == tiles - 1))
     return gl.where(tile < tiles, programs + number, tile)
 
 
-NEWS = gl.constexpr(8)  # tiles that are told of at a time: more than a producer is ahead
+NEWS = gl.constexpr(8)  # tiles that are told of at a time: at most STAGES + 3 that not every partition has read
 
 
 @gluon.jit

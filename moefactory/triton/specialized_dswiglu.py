@@ -1,10 +1,10 @@
 """dH, s * A and <dA, A> of dA = dO @ W in one kernel, warp-specialised: the equations of `activation`, fused.
 
 The activation's derivative reads and writes 2.5 times a tile of dA, which takes a quarter of the tile's products: too
-long to wait for, too large for the registers beside a sum of 128 x 256. So a third partition of 4 warps does it. The
-consumer rounds dA, as it is when the activation is a kernel of its own, and hands it over in shared memory, one half
-before it multiplies the next tile, the other amid that: so 32 KB are enough, and the ring keeps its four stages. The
-epilogue's warps load H and store the results past it, straight from and to memory.
+long to wait for, too large for the registers beside a sum of 64 x 256. So a fourth partition of 4 warps does it. Each
+consumer rounds its 64 rows of dA, as they are when the activation is a kernel of its own, and hands them over in shared
+memory, half the columns before it multiplies the next tile, the others amid that: so 32 KB are enough, and the ring
+keeps its four stages. The epilogue's warps load H and store the results past it, straight from and to memory.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .launch import cdiv, launch, num_programs
-from .specialized import descriptor, make_news, phase, split_columns, told
+from .specialized import NEWS, descriptor, make_news, phase, split_columns, told
 from .specialized_rows import GROUP_M, make_ring, producer
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def _epilogue(
 ):
     """Of each half of a tile its blocks of CHUNK_ROWS rows, of each block two chunks.
 
-    H is asked for two blocks ahead, over the end of a half and of a tile, slots and routing weights a tile ahead.
+    H is asked for two blocks ahead, over the end of a half and of a tile, slots a tile ahead.
     """
     h_ptr, dh_ptr, scaled_a_ptr, ds_ptr, routing_weights_ptr = pointers
     gather_ptr = tables[3]
@@ -256,6 +256,7 @@ def _specialized_dX_dswiglu(
 ):
     DTYPE: gl.constexpr = x_ptr.dtype.element_ty
     GATHERED: gl.constexpr = DIVISOR > 0
+    gl.static_assert(STAGES + 3 <= NEWS)  # a tile may be one step, the epilogue two turns behind
     ring = make_ring(DTYPE, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, True, 1 + (32 * PRODUCERS if GATHERED else 0))
     news = make_news()
     da_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, CHUNK_COLS], DTYPE)

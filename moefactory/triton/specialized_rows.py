@@ -166,7 +166,7 @@ def producer(
     step = 0
     turn = 0
     while tile < tiles:
-        # of dropped rows there are a few products, of zeros, so that nobody is told of more tiles than `news` hold
+        # dropped rows take LEAST products, of zeros, so that nobody is told of more tiles than `news` hold
         count = gl.where(expert < num_experts, steps, LEAST)
         tell(news, turn, count, row0, row_end, tile_n)
         place = (expert, row0, row_end, tile_n)
