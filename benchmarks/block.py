@@ -23,7 +23,7 @@ from kernels import versions
 
 from moefactory import MoeConfig, Qwen3MoeFusedGroupedGEMMBlock
 from moefactory.config import model_preset
-from moefactory.measure import PRODUCTS, Step, chosen, dense_ms, time_calls
+from moefactory.measure import PRODUCTS, Step, chosen, dense_ms, time_calls, turns
 from moefactory.triton.ops import compute_experts
 from moefactory.triton.plan import make_plan
 
@@ -75,12 +75,17 @@ def measure(block, name: str, tokens: int, saved: str = "h") -> dict:
     run = one_step(block, tokens)
     for _ in range(3):
         run.step()
-    rounds = []
-    for _ in range(ROUNDS):
-        dense = dense_ms(block.model, tokens, torch.bfloat16, DEVICE, time_calls, ROUND_MS)
-        forward_ms, step_ms = (time_calls(call, DEVICE, ROUND_MS).p50 for call in (run.forward, run.step))
-        rounds.append((forward_ms, step_ms, sum(dense[one] for one in PRODUCTS["forward"]), sum(dense.values())))
-    forward_ms, step_ms, dense_forward, dense_step = map(statistics.median, zip(*rounds, strict=True))
+    dense, forward, step = turns(
+        (
+            lambda: dense_ms(block.model, tokens, torch.bfloat16, DEVICE, time_calls, ROUND_MS),
+            lambda: time_calls(run.forward, DEVICE, ROUND_MS).p50,
+            lambda: time_calls(run.step, DEVICE, ROUND_MS).p50,
+        ),
+        ROUNDS,
+    )
+    forward_ms, step_ms = statistics.median(forward), statistics.median(step)
+    dense_forward = statistics.median(sum(one[product] for product in PRODUCTS["forward"]) for one in dense)
+    dense_step = statistics.median(sum(one.values()) for one in dense)
     held, peak = run.memory()
     row = {"model": name, "tokens": tokens, "saved": saved, "forward_ms": forward_ms, "step_ms": step_ms}
     row |= {"dense_forward_ms": dense_forward, "dense_step_ms": dense_step, "held_mib": held, "peak_mib": peak}

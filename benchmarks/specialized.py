@@ -16,6 +16,7 @@ from kernels import problem, versions
 from torch import Tensor
 
 from moefactory.config import DType, KernelConfigBackward_dW, KernelConfigBackward_dX, KernelConfigForward
+from moefactory.measure import turns
 from moefactory.triton import choice
 from moefactory.triton.backward_dW import dW_gemm
 from moefactory.triton.backward_dX import dX_gemm, dX_gemm_dswiglu
@@ -50,8 +51,8 @@ def taking_turns(cases: Cases) -> dict[str, float]:
     for call in cases.values():
         call()  # compiles
     repeats = {name: max(3, int(ROUND_MS / elapsed(call, 2))) for name, call in cases.items()}
-    rounds = [{name: elapsed(call, repeats[name]) for name, call in cases.items()} for _ in range(ROUNDS)]
-    return {name: median(one[name] for one in rounds) for name in cases}
+    found = turns([lambda name=name, call=call: elapsed(call, repeats[name]) for name, call in cases.items()], ROUNDS)
+    return {name: median(times) for name, times in zip(cases, found, strict=True)}
 
 
 def plain(pass_name: str, gemm: str, weight: Tensor, tokens: int, options: FusedOptions):

@@ -25,7 +25,7 @@ from .config import (
     model_preset,
 )
 from .describe import require_here
-from .measure import ROUNDS, Product, Step, Timer, dense_ms, flops, in_turns, inputs, products, steered_gate
+from .measure import Product, Step, Timer, dense_ms, flops, in_turns, inputs, products, round_ms, steered_gate
 from .peers import PEERS, UnavailableError
 from .progress import Tell
 from .routing import route
@@ -117,11 +117,12 @@ class Sweep:
 
     def _dense(self, row: BenchRow, weights: BlockWeights, of: Sequence[Product]) -> float | None:
         """Milliseconds of these dense products; None, and a note, where they do not run: the row then has no share."""
-        place, ms = (weights.gate.dtype, self.device), max(1, self.settings.ms // ROUNDS)
+        place, ms = (weights.gate.dtype, self.device), round_ms(self.settings.ms)
         times, lost = self._attempt(lambda: dense_ms(weights.model, row.tokens, *place, self.timer, ms, of))
         if lost:
             note = f"{row.model}, {row.tokens} tokens: no share, the dense products do not run: {': '.join(lost)}"
-            self.notes.extend([note] if note not in self.notes else [])
+            if note not in self.notes:
+                self.notes.append(note)
         return sum(times.values()) if times else None
 
     def _blank(self, name: str, tokens: int) -> BenchRow:

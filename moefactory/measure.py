@@ -99,18 +99,29 @@ def dense_ms(
     return {one: timer(runs[one], device, ms).p50 for one in of}
 
 
+def turns(measurements: Sequence[Callable[[], Any]], rounds: int) -> list[tuple[Any, ...]]:
+    """What each measurement gave in each of the rounds, in which they take turns.
+
+    A machine's clocks fall while it works: what is measured first looks better than it is.
+    """
+    return list(zip(*([measure() for measure in measurements] for _ in range(rounds)), strict=True))
+
+
+def round_ms(ms: int) -> int:
+    """The milliseconds of a round, of `ms` for all of them."""
+    return max(1, ms // ROUNDS)
+
+
 def in_turns(
     run: Run, dense: Callable[[], float | None], timer: Timer, device: torch.device, ms: int
 ) -> tuple[Times, float | None]:
     """(quantiles of `run`, milliseconds of the dense products beside it), each the median of ROUNDS short rounds.
 
-    A machine's clocks fall while it works: what is timed first looks better than it is. `dense` gives None where there
-    are no dense products to compare with.
+    `dense` gives None where there are no dense products to compare with.
     """
-    rounds = [(dense(), timer(run, device, max(1, ms // ROUNDS))) for _ in range(ROUNDS)]
-    quantiles = (statistics.median(getattr(times, name) for _, times in rounds) for name in ("p20", "p50", "p80"))
-    beside = [one for one, _ in rounds if one is not None]
-    return Times(*quantiles), statistics.median(beside) if len(beside) == ROUNDS else None
+    beside, times = turns((dense, lambda: timer(run, device, round_ms(ms))), ROUNDS)
+    quantiles = (statistics.median(getattr(one, name) for one in times) for name in ("p20", "p50", "p80"))
+    return Times(*quantiles), None if None in beside else statistics.median(beside)
 
 
 class Step:

@@ -256,12 +256,7 @@ def _store_part(
 @gluon.jit
 def _consumer(
     WHICH: gl.constexpr,
-    outputs,
-    tables,
-    sizes,
-    ring,
-    news,
-    outs,
+    operands,
     GATHERED: gl.constexpr,
     MODE: gl.constexpr,
     TRANS_W: gl.constexpr,
@@ -271,8 +266,7 @@ def _consumer(
     SKIP: gl.constexpr,
 ):
     """The upper (WHICH 0) or the lower half of each tile's rows; with SKIP, nothing for a half without rows."""
-    gather_ptr = tables[3]
-    width = sizes[4]
+    outputs, gather_ptr, width, ring, news, outs = operands
     x_stages, w_stages, full, empty = ring
     DTYPE: gl.constexpr = x_stages.dtype
     STAGES: gl.constexpr = x_stages.shape[0]
@@ -393,48 +387,13 @@ def _specialized_rows(
     sizes = (gl.load(num_tiles_ptr), num_n, num_experts, K // 8 * 8, width // 8 * 8, M)
     outputs = (y_desc, h_desc, y_ptr)
     inputs = (x_desc, w_desc, x_ptr)
+    operands = (outputs, gather_indices_ptr, sizes[4], ring, news, outs)
     upper: gl.constexpr = 0
     lower: gl.constexpr = 1
     gl.warp_specialize(
         [
-            (
-                _consumer,
-                (
-                    upper,
-                    outputs,
-                    tables,
-                    sizes,
-                    ring,
-                    news,
-                    outs,
-                    GATHERED,
-                    MODE,
-                    TRANS_W,
-                    SCATTER,
-                    STORE_H,
-                    LEAST,
-                    SKIP,
-                ),
-            ),
-            (
-                _consumer,
-                (
-                    lower,
-                    outputs,
-                    tables,
-                    sizes,
-                    ring,
-                    news,
-                    outs,
-                    GATHERED,
-                    MODE,
-                    TRANS_W,
-                    SCATTER,
-                    STORE_H,
-                    LEAST,
-                    SKIP,
-                ),
-            ),
+            (_consumer, (upper, operands, GATHERED, MODE, TRANS_W, SCATTER, STORE_H, LEAST, SKIP)),
+            (_consumer, (lower, operands, GATHERED, MODE, TRANS_W, SCATTER, STORE_H, LEAST, SKIP)),
             (
                 producer,
                 (inputs, tables, sizes, ring, news, DIVISOR, WIDE_W, TRANS_W, EVEN_K, LEAST, GROUP_M, PRODUCERS),
