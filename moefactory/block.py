@@ -114,12 +114,20 @@ class Qwen3MoeGroupedGEMMBlock(nn.Module):
             ValueError: a last dimension other than H, or a dtype or device other than the weights'.
         """
         x, gate, gate_up_proj, down_proj = self._inputs(hidden_states)
+        if (whole := self._at_once(x, gate, gate_up_proj, down_proj)) is not None:
+            return whole[0].view(hidden_states.shape), whole[1]
         router_logits, routing_weights, plan = self._routed(x, gate, gate_up_proj)
         out, steps = self._experts(x, routing_weights, plan, gate_up_proj, down_proj)
         out = out.view(hidden_states.shape)
         if steps is None:
             return out, router_logits
         return _result(plan, routing_weights, steps, out), router_logits
+
+    def _at_once(
+        self, x: Tensor, gate: Tensor, gate_up_proj: Tensor, down_proj: Tensor
+    ) -> tuple[Tensor, Tensor] | None:
+        """(hidden states [T,H], router_logits [T,E]) where one operator computes both; None elsewhere."""
+        return None
 
     def _routed(self, x: Tensor, gate: Tensor, gate_up_proj: Tensor) -> tuple[Tensor, Tensor, RoutingPlan]:
         """router -> plan: (router_logits [T,E], routing_weights [T,K], plan). `gate_up_proj`: what reads the plan."""
@@ -320,6 +328,18 @@ class Qwen3MoeFusedGroupedGEMMBlock(Qwen3MoeGroupedGEMMBlock):
         token_order = fused.permute_y or not fused.fuse_combine
         expert_order, unpermuted = (y[plan.gather_indices], y) if token_order else (y, y[plan.scatter_indices])
         return out, ExpertSteps(h, a, expert_order, unpermuted)
+
+    def _at_once(
+        self, x: Tensor, gate: Tensor, gate_up_proj: Tensor, down_proj: Tensor
+    ) -> tuple[Tensor, Tensor] | None:
+        from moefactory.triton import decode
+
+        model, tensors = self.model, (x, gate, gate_up_proj, down_proj)
+        if self.trace or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
+            return None
+        if not decode.suits(x, model.num_experts, model.top_k, self.fused):
+            return None
+        return decode.decode(tensors, model.top_k, model.norm_topk_prob)
 
     def _routed(self, x: Tensor, gate: Tensor, gate_up_proj: Tensor) -> tuple[Tensor, Tensor, RoutingPlan]:
         from moefactory.triton import few_tokens, pipeline  # absolute: a relative import takes 1 us at each call

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..config import GEMMS, PASSES, DType, KernelConfig
+from . import decode
 from .choice import Launch, bucket, choose
 from .few_tokens import few
 
@@ -15,11 +16,16 @@ if TYPE_CHECKING:
     from ..block import Qwen3MoeFusedGroupedGEMMBlock
 
 
-def launches(block: Qwen3MoeFusedGroupedGEMMBlock, num_tokens: int) -> list[Launch]:
-    """The six grouped GEMMs of a step with this many tokens, in the dtype that a step would have now (autocast)."""
+def _computed(block: Qwen3MoeFusedGroupedGEMMBlock) -> torch.dtype:
+    """The dtype of a step now: autocast's, or the weights'."""
     kind, stored = block.gate.device.type, block.gate.dtype
     lowered = torch.is_autocast_enabled(kind) and stored != torch.float64
-    computed = torch.get_autocast_dtype(kind) if lowered else stored
+    return torch.get_autocast_dtype(kind) if lowered else stored
+
+
+def launches(block: Qwen3MoeFusedGroupedGEMMBlock, num_tokens: int) -> list[Launch]:
+    """The six grouped GEMMs of a step with this many tokens, in the dtype that a step would have now (autocast)."""
+    computed, stored = _computed(block), block.gate.dtype
     dtype = DType(str(computed).removeprefix("torch."))
     found = []
     for pass_name in PASSES:
@@ -34,9 +40,13 @@ def launches(block: Qwen3MoeFusedGroupedGEMMBlock, num_tokens: int) -> list[Laun
 
 def explain(block: Qwen3MoeFusedGroupedGEMMBlock, num_tokens: int) -> str:
     """A line on the rows, then one a grouped GEMM: pass, GEMM, what is fused, its config and where that is from."""
-    rows = num_tokens * block.model.top_k
-    front = "; router, plan and tile table in one launch" if few(num_tokens, block.model.num_experts) else ""
-    lines = [f"backend triton: {rows} rows, {rows / block.model.num_experts:.4g} per expert{front}"]
+    model = block.model
+    rows = num_tokens * model.top_k
+    front = "; router, plan and tile table in one launch" if few(num_tokens, model.num_experts) else ""
+    lines = [f"backend triton: {rows} rows, {rows / model.num_experts:.4g} per expert{front}"]
+    x = torch.empty(num_tokens, model.hidden_size, dtype=_computed(block), device="meta")
+    if not block.trace and decode.suits(x, model.num_experts, model.top_k, block.fused):
+        lines.append("without gradients: decode_gate and decode_experts, two launches, in place of all below")
     for launch in launches(block, num_tokens):
         config, origin = choose(launch, block.gate.device)
         values = " ".join(f"{k}={v}" for k, v in asdict(config).items() if v is not False)
