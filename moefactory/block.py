@@ -332,17 +332,18 @@ class Qwen3MoeFusedGroupedGEMMBlock(Qwen3MoeGroupedGEMMBlock):
     def _at_once(
         self, x: Tensor, gate: Tensor, gate_up_proj: Tensor, down_proj: Tensor
     ) -> tuple[Tensor, Tensor] | None:
-        from moefactory.triton import decode
+        from moefactory.triton import decode, whole  # absolute: a relative import takes 1 us at each call
 
-        model, tensors = self.model, (x, gate, gate_up_proj, down_proj)
-        if self.trace or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
+        model, fused, tensors = self.model, self.fused, (x, gate, gate_up_proj, down_proj)
+        if self.trace or not fused.fuse_combine:
             return None
-        if not decode.suits(x, model.num_experts, model.top_k, self.fused):
-            return None
-        return decode.decode(tensors, model.top_k, model.norm_topk_prob)
+        grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        if not grad and decode.suits(x, model.num_experts, model.top_k, fused):
+            return decode.decode(tensors, model.top_k, model.norm_topk_prob)
+        return whole.compute_block(tensors, model.norm_topk_prob, fused)
 
     def _routed(self, x: Tensor, gate: Tensor, gate_up_proj: Tensor) -> tuple[Tensor, Tensor, RoutingPlan]:
-        from moefactory.triton import few_tokens, pipeline  # absolute: a relative import takes 1 us at each call
+        from moefactory.triton import few_tokens, pipeline
 
         model, tokens = self.model, x.shape[0]
         if not few_tokens.few(tokens, model.num_experts):

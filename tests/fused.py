@@ -349,11 +349,16 @@ def expected_forward(flags: dict[str, bool]) -> list[str]:
 
 
 def expected_backward(
-    flags: dict[str, bool], needs: tuple[bool, ...], gather_first: tuple[bool, bool] = (False, False)
+    flags: dict[str, bool],
+    needs: tuple[bool, ...],
+    gather_first: tuple[bool, bool] = (False, False),
+    *,
+    router: bool = False,
 ) -> list[str]:
     """The kernels of a backward that owes gradients of (x, routing weights, gate_up_proj, down_proj).
 
     `gather_first` of dW of the up and of the down GEMM: whether an indexed operand is copied before the product.
+    `router`: the block's backward, not the experts' alone, with the weighted sum in a kernel.
     """
     x, scores, up, down = needs
     scores = scores and flags["fuse_combine"]  # else their gradient is torch's
@@ -366,8 +371,9 @@ def expected_backward(
         names += ["swiglu_forward"]
     if down:
         names += ["gather_rows", "dW"] if gather_first[1] and flags["permute_y"] else ["dW"]
+    names += ["route_backward"] if router and scores else []
     if x:
-        names += ["dX", "combine"]
+        names += ["dX", "sum_dX" if router else "combine"]
     if up:
         names += ["gather_rows", "dW"] if gather_first[0] or not flags["permute_x"] else ["dW"]
     return names

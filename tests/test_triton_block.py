@@ -157,9 +157,11 @@ def expected_launches(block: Qwen3MoeFusedGroupedGEMMBlock, tokens: int) -> list
     flags = flags_of(config)
     front = fused.expected_front(tokens, block.model.num_experts, block.model.top_k)
     dW = {one.gemm: choose(one, block.gate.device)[0] for one in launches(block, tokens) if one.pass_name == "bwd_dW"}
-    back = fused.expected_backward(flags, needs, (dW["up"].gather_first, dW["down"].gather_first))  # type: ignore[union-attr]
+    first = dW["up"].gather_first, dW["down"].gather_first  # type: ignore[union-attr]
+    whole = flags["fuse_combine"]  # else the router is a node of autograd of its own
+    back = [*fused.expected_backward(flags, needs, first, router=whole), *([] if whole else ["route_backward"])]
     again = [] if config.saved is not Saved.x else ["forward"] if config.permute_x else ["gather_rows", "forward"]
-    return [*front, *fused.expected_forward(flags), *again, *back, "route_backward"]
+    return [*front, *fused.expected_forward(flags), *again, *back]
 
 
 def _source(config: MoeConfig, folder: Path) -> tuple[MoeConfig, Any]:

@@ -6,6 +6,14 @@
     out (O)           [T, H]     token order
 
 Its backward needs no kernel: the dX kernel reads dO through the index and scales by w in its epilogue.
+
+dX[t] = sum over k of dY[row(t,k)] + sum over e of dlogits[t,e] * gate[e]: the experts' part and the router's, in one
+pass. The second sum is a small product, done while the rows come.
+
+    dlogits     [T, E]      token order
+    gate        [E, H]
+    rows (dY)   [T*K, H]    as above
+    dx (dX)     [T, H]      token order
 """
 
 from __future__ import annotations
@@ -18,6 +26,7 @@ from torch import Tensor
 from .launch import accumulator, cdiv, launch, power_of_2
 
 BLOCK_H = 1024
+SUM_T, SUM_H = 64, 128  # of a program of the sum that has the router's part: sides of a small product
 
 
 @triton.jit
@@ -64,3 +73,56 @@ def combine_rows(
     args = (rows, weights, scatter_indices, out, width)
     launch("combine", _combine, grid, *args, ACC=accumulator(rows.dtype), BLOCK_H=block, **meta)
     return out
+
+
+@triton.jit
+def _sum_dX(
+    rows_ptr,
+    scatter_indices_ptr,
+    dlogits_ptr,
+    gate_ptr,
+    dx_ptr,
+    T,
+    E,
+    H,
+    TOP_K: tl.constexpr,
+    UNPERMUTE: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    offs_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    inside = token < T
+    mask = inside[:, None] & (offs_h < H)[None, :]
+    total = tl.zeros((BLOCK_T, BLOCK_H), ACC)
+    for first in range(0, E, BLOCK_E):
+        offs_e = first + tl.arange(0, BLOCK_E)
+        dlogits_ptrs = dlogits_ptr + token[:, None] * E + offs_e[None, :]
+        dlogits = tl.load(dlogits_ptrs, mask=inside[:, None] & (offs_e < E)[None, :], other=0.0)
+        gate_ptrs = gate_ptr + offs_e.to(tl.int64)[:, None] * H + offs_h[None, :]
+        gate_tile = tl.load(gate_ptrs, mask=(offs_e < E)[:, None] & (offs_h < H)[None, :], other=0.0)
+        total = tl.dot(dlogits, gate_tile, total, input_precision="ieee", out_dtype=ACC)
+    for k in tl.static_range(TOP_K):
+        row = token * TOP_K + k
+        if UNPERMUTE:
+            row = tl.load(scatter_indices_ptr + row, mask=inside, other=0).to(tl.int64)
+        total += tl.load(rows_ptr + row[:, None] * H + offs_h[None, :], mask=mask, other=0.0).to(ACC)
+    tl.store(dx_ptr + token[:, None] * H + offs_h[None, :], total.to(dx_ptr.dtype.element_ty), mask=mask)
+
+
+def sum_dX(
+    rows: Tensor, scatter_indices: Tensor, dlogits: Tensor, gate: Tensor, top_k: int, *, token_order: bool
+) -> Tensor:
+    """dX [T,H]: the sum of each token's K rows of `rows` [T*K,H], plus dlogits [T,E] @ gate [E,H]."""
+    (tokens, experts), width = dlogits.shape, gate.shape[1]
+    dx = torch.empty(tokens, width, dtype=rows.dtype, device=rows.device)
+    if not tokens:
+        return dx
+    sides = {"BLOCK_T": SUM_T, "BLOCK_H": min(max(16, power_of_2(width)), SUM_H)}
+    grid = (cdiv(tokens, SUM_T), cdiv(width, sides["BLOCK_H"]))
+    args = (rows, scatter_indices, dlogits.contiguous(), gate.contiguous(), dx, tokens, experts, width)
+    meta = {"TOP_K": top_k, "UNPERMUTE": not token_order, "ACC": accumulator(rows.dtype), **sides}
+    launch("sum_dX", _sum_dX, grid, *args, **meta, BLOCK_E=min(max(16, power_of_2(experts)), 128), num_warps=8)
+    return dx

@@ -40,6 +40,7 @@ from ..machine import interpreting
 from .activation import swiglu
 from .launch import accumulator, launch, num_programs, on_device, power_of_2
 from .library import call, define, differentiate, refuse_forward_mode
+from .ops import check_weights
 from .options import FusedOptions
 
 MAX_TOKENS = 4  # beyond, tokens share experts, whose weights the ordinary kernels read once
@@ -297,8 +298,12 @@ def decode_tokens(
         ValueError: no tokens or more than MAX_TOKENS, a weight of another shape, dtype or device than x needs, or one
             that is not contiguous.
     """
-    _check(x, gate, gate_up_proj, down_proj, top_k)
     tokens, experts = x.shape[0], gate.shape[0]
+    if not 0 < tokens <= MAX_TOKENS:
+        raise ValueError(f"x: got {tokens} tokens; needed: 1 to {MAX_TOKENS}")
+    if not 0 < top_k <= min(MAX_TOP_K, experts) or experts > MAX_EXPERTS:
+        raise ValueError(f"top_k: got {top_k} of {experts} experts; needed: 1 to {MAX_TOP_K}, of at most {MAX_EXPERTS}")
+    check_weights(x, experts, gate_up_proj, down_proj, gate)
     logits = torch.empty(tokens, experts, dtype=x.dtype, device=x.device)
     a = torch.empty(tokens * top_k, down_proj.shape[2], dtype=x.dtype, device=x.device)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -334,26 +339,6 @@ def _constants(sizes: tuple[int, ...], dtype: torch.dtype, dependent: bool) -> t
     if not interpreting():
         given |= {"num_warps": 4, "maxnreg": 128, "launch_cooperative_grid": True, "launch_pdl": dependent}
     return gate, given
-
-
-def _check(x: Tensor, gate: Tensor, gate_up_proj: Tensor, down_proj: Tensor, top_k: int) -> None:
-    """What the kernels rely on and could only answer with a wrong address."""
-    (tokens, hidden), experts, width = x.shape, gate.shape[0], down_proj.shape[-1]
-    if not 0 < tokens <= MAX_TOKENS:
-        raise ValueError(f"x: got {tokens} tokens; needed: 1 to {MAX_TOKENS}")
-    if not 0 < top_k <= min(MAX_TOP_K, experts) or experts > MAX_EXPERTS:
-        raise ValueError(f"top_k: got {top_k} of {experts} experts; needed: 1 to {MAX_TOP_K}, of at most {MAX_EXPERTS}")
-    wanted = {
-        "gate": (gate, (experts, hidden)),
-        "gate_up_proj": (gate_up_proj, (experts, 2 * width, hidden)),
-        "down_proj": (down_proj, (experts, hidden, width)),
-    }
-    for name, (weight, shape) in wanted.items():
-        if weight.shape != shape or weight.dtype != x.dtype or weight.device != x.device:
-            got = f"{tuple(weight.shape)} {weight.dtype} on {weight.device}"
-            raise ValueError(f"{name}: got {got}; needed: {shape} {x.dtype} on {x.device}")
-        if name != "gate" and not weight.is_contiguous():
-            raise ValueError(f"{name}: got strides {tuple(weight.stride())}; needed: a contiguous tensor")
 
 
 def _no_backward(ctx: Any, *grads: Any) -> None:

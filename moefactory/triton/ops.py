@@ -178,9 +178,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) 
     ctx.save_for_backward(x, routing_weights, gate_up_proj, down_proj, h, *plan)
 
 
-def _backward(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    if dout is None:
-        return (None,) * 14
+def spend(ctx: Any) -> None:
+    """RuntimeError where a backward cannot run: nothing was kept for it, or the one before has overwritten it."""
     saved = parse(ctx.options).saved
     if not ctx.saved_h and saved != "x":
         raise RuntimeError("moefactory: this forward ran without gradients, nothing was saved for a backward")
@@ -189,6 +188,12 @@ def _backward(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, .
             "moefactory: a second backward, but saved=h_reused wrote dH over H in the first; set saved=h"
         )
     ctx.spent = saved == "h_reused"
+
+
+def _backward(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if dout is None:
+        return (None,) * 14
+    spend(ctx)
     needs = list(ctx.needs_input_grad[:4])
     grads = call(experts_backward, dout.contiguous(), *ctx.saved_tensors, ctx.block_m, ctx.options, needs)
     return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), *(None,) * 10)
@@ -220,8 +225,7 @@ def compute_experts(
     weights = routing_weights.contiguous() if options.fuse_combine else routing_weights.detach().contiguous()
     tensors = (x.contiguous(), weights, gate_up_proj, down_proj)
     save_h = options.saved != "x" and torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    if options.saved == "h_reused" and torch.compiler.is_compiling():
-        raise RuntimeError("moefactory: saved=h_reused cannot be compiled, a graph may run twice; set saved=h or x")
+    refuse_compiled_reuse(options)
     indices = (plan.group_offsets, plan.gather_indices, plan.scatter_indices, *(plan.table or (None,) * 3))
     refuse_forward_mode(*tensors)
     out, h, a, y = call(experts_forward, *tensors, *indices, plan.block_m, options.text, save_h, trace)
@@ -230,6 +234,30 @@ def compute_experts(
             y = out.detach()
         out = combine(out, routing_weights)
     return out, (h, a, y) if trace else None
+
+
+def refuse_compiled_reuse(options: FusedOptions) -> None:
+    """RuntimeError for saved=h_reused under torch.compile."""
+    if options.saved == "h_reused" and torch.compiler.is_compiling():
+        raise RuntimeError("moefactory: saved=h_reused cannot be compiled, a graph may run twice; set saved=h or x")
+
+
+def check_weights(
+    x: Tensor, num_experts: int, gate_up_proj: Tensor, down_proj: Tensor, gate: Tensor | None = None
+) -> None:
+    """ValueError for weights that do not fit x [T,H]: the kernels could only answer with a wrong address."""
+    (experts, width, _), columns = gate_up_proj.shape, x.shape[1]
+    wanted = [
+        ("gate_up_proj", gate_up_proj, (num_experts, width, columns)),
+        ("down_proj", down_proj, (experts, columns, width // 2)),
+    ]
+    for name, weight, shape in wanted if gate is None else [("gate", gate, (num_experts, columns)), *wanted]:
+        if weight.shape != shape or weight.dtype != x.dtype:
+            raise ValueError(f"{name}: got {tuple(weight.shape)} {weight.dtype}; needed: {shape} {x.dtype}")
+        if weight is not gate and not weight.is_contiguous():
+            raise ValueError(f"{name}: got strides {tuple(weight.stride())}; needed: a contiguous tensor")
+        if weight.device != x.device:  # a launch takes addresses: Triton no longer asks whose they are
+            raise ValueError(f"{name}: on {weight.device}; needed: x's device {x.device}")
 
 
 def _check(
@@ -241,20 +269,10 @@ def _check(
     options: FusedOptions,
 ) -> None:
     """What the kernels rely on and could only answer with a wrong address."""
-    experts, width, hidden = gate_up_proj.shape
-    tokens, columns = x.shape
-    for name, weight, shape in (
-        ("gate_up_proj", gate_up_proj, (plan.num_experts, width, columns)),
-        ("down_proj", down_proj, (experts, hidden, width // 2)),
-    ):
-        if weight.shape != shape or weight.dtype != x.dtype:
-            raise ValueError(f"{name}: got {tuple(weight.shape)} {weight.dtype}; needed: {shape} {x.dtype}")
-        if not weight.is_contiguous():
-            raise ValueError(f"{name}: got strides {tuple(weight.stride())}; needed: a contiguous tensor")
-    for name, tensor in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj), ("plan", plan.gather_indices)):
-        if tensor.device != x.device:  # a launch takes addresses: Triton no longer asks whose they are
-            raise ValueError(f"{name}: on {tensor.device}; needed: x's device {x.device}")
-    slots = (tokens, options.top_k)
+    check_weights(x, plan.num_experts, gate_up_proj, down_proj)
+    if plan.gather_indices.device != x.device:
+        raise ValueError(f"plan: on {plan.gather_indices.device}; needed: x's device {x.device}")
+    slots = (x.shape[0], options.top_k)
     if plan.top_k != options.top_k or plan.gather_indices.shape[0] != slots[0] * slots[1]:
         raise ValueError(f"plan: got {plan.gather_indices.shape[0]} rows of top_k {plan.top_k}; needed: {slots}")
     if routing_weights.shape != slots:

@@ -19,7 +19,7 @@ from .activation import swiglu_backward, swiglu_forward
 from .backward_dW import dW_gemm
 from .backward_dX import dX_gemm, dX_gemm_dswiglu
 from .choice import Launch, bucket, choose
-from .combine import combine_rows
+from .combine import combine_rows, sum_dX
 from .forward import Rows, forward_gemm
 from .gather import gather_rows
 from .library import traced
@@ -179,12 +179,14 @@ class Pipeline:
         experts = self.offsets.shape[0] - 2
         return dW_gemm(dh, rows, self._rows_of_dW(), experts, config, x_divisor=divisor)  # type: ignore[arg-type]
 
-    def dx_up(self, dh: Tensor) -> Tensor:
-        """The experts' part of dX [T,H]."""
+    def dx_up(self, dh: Tensor, router: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """dX [T,H]: the experts' part and, of `router` (dlogits [T,E], gate [E,H]), the router's."""
         config, options = self._config("bwd_dX", "up"), self.options
         rows = self._rows(config.block_m)
         dx = dX_gemm(dh, self.weights["up"], rows, config, scatter=options.permute_x)  # type: ignore[arg-type]
-        return combine_rows(dx, self.scatter, None, options.top_k, token_order=options.permute_x)
+        if router is None:
+            return combine_rows(dx, self.scatter, None, options.top_k, token_order=options.permute_x)
+        return sum_dX(dx, self.scatter, *router, options.top_k, token_order=options.permute_x)
 
 
 __all__ = ["Pipeline"]

@@ -1,0 +1,243 @@
+"""The block as one torch operator and one node of autograd: router, plan and experts.
+
+Two things are had by that. Host time: one operator with its tape, and one node with its saved tensors, in place of
+three. And a pass over dX: what the router adds to it, dlogits @ gate, is added where a token's K rows are summed
+(`combine.sum_dX`), in one rounding, where autograd would add two tensors of [T,H].
+
+The parts are the functions behind `router`, `plan`, `few_tokens` and `ops`, which stay operators of their own for who
+routes otherwise, traces, or leaves the weighted sum to torch.
+
+Saved between forward and backward: x, the weights, and
+
+    routed               [T, K] or [T, E]   the routing weights before the cast; without norm_topk_prob the logits
+    h                    [T*K, 2I]          empty where it is not kept
+    routing_weights      [T, K]             in x's dtype
+    selected_experts     [T, K] int64
+    offsets              [E+2] int32        the plan's
+    gather, scatter      [T*K] int32        the plan's
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import few_tokens
+from .few_tokens import route_few_tokens
+from .launch import aligned, on_device
+from .library import call, define, differentiate, no_second_derivative, plain, refuse_forward_mode
+from .ops import check_weights, refuse_compiled_reuse, spend
+from .options import FusedOptions, parse
+from .pipeline import Pipeline, empty_like_none, first_block_m
+from .plan import plan_tensors
+from .router import top_k_softmax, top_k_softmax_backward
+
+Three = tuple[Tensor, Tensor, Tensor]
+
+
+def _forward_fake(
+    x: Tensor,
+    gate: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    norm_topk_prob: bool,
+    options: str,
+    save_h: bool,
+) -> tuple[Tensor, ...]:
+    (tokens, _), experts, top_k = x.shape, gate.shape[0], parse(options).top_k
+    rows, wide = tokens * top_k, torch.promote_types(x.dtype, torch.float32)
+    return (
+        x.new_empty(x.shape),
+        x.new_empty(tokens, experts),
+        x.new_empty((rows, gate_up_proj.shape[1]) if save_h else 0),
+        x.new_empty(tokens, top_k),
+        x.new_empty(tokens, top_k, dtype=torch.int64),
+        x.new_empty(tokens if norm_topk_prob else 0, top_k, dtype=wide),
+        *(x.new_empty(n, dtype=torch.int32) for n in (experts + 2, rows, rows)),
+    )
+
+
+def _routed(
+    logits: Tensor, gate_up_proj: Tensor, norm_topk_prob: bool, options: FusedOptions
+) -> tuple[Three, Three, Three | None, int]:
+    """((routing_weights, selected, exact), (offsets, gather, scatter), a tile table and its height if one was made)."""
+    tokens, experts = logits.shape
+    if few_tokens.few(tokens, experts):
+        block_m = first_block_m(gate_up_proj, tokens * options.top_k, options)
+        out = plain(route_few_tokens)(logits, options.top_k, norm_topk_prob, block_m)
+        weights, selected, exact, _, offsets, gather, scatter, *table = out
+        return (weights, selected, exact), (offsets, gather, scatter), (table[0], table[1], table[2]), block_m
+    weights, selected, exact = plain(top_k_softmax)(logits, options.top_k, norm_topk_prob)
+    _, offsets, gather, scatter = plain(plan_tensors)(selected, experts)
+    return (weights, selected, exact), (offsets, gather, scatter), None, 0
+
+
+def _block_forward(
+    x: Tensor,
+    gate: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    norm_topk_prob: bool,
+    options: str,
+    save_h: bool,
+) -> tuple[Tensor | None, ...]:
+    """`block_forward`, with None for an h that is not kept."""
+    o = parse(options)
+    check_weights(x, gate.shape[0], gate_up_proj, down_proj, gate)
+    x = aligned(x)
+    logits = F.linear(x, gate)
+    (weights, selected, exact), indices, table, block_m = _routed(logits, gate_up_proj, norm_topk_prob, o)
+    with on_device(x.device):
+        pipeline = Pipeline(*indices, o, gate_up_proj, down_proj, table, block_m)
+        a, h = pipeline.up(x, save_h=save_h)
+        out = pipeline.combine(pipeline.down(a), weights)
+    return out, logits, h if save_h else None, weights, selected, exact, *indices
+
+
+@define(
+    "block_forward(Tensor x, Tensor gate, Tensor gate_up_proj, Tensor down_proj, bool norm_topk_prob, str options, "
+    "bool save_h) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _forward_fake,
+)
+def block_forward(
+    x: Tensor,
+    gate: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    norm_topk_prob: bool,
+    options: str,
+    save_h: bool,
+) -> tuple[Tensor, ...]:
+    """(out [T,H], router logits [T,E], and what the backward needs: see above) of x [T,H].
+
+    Raises:
+        ValueError: a weight of another shape, dtype or device than x needs, or one that is not contiguous.
+    """
+    found = _block_forward(x, gate, gate_up_proj, down_proj, norm_topk_prob, options, save_h)
+    return tuple(empty_like_none(tensor, x) for tensor in found)
+
+
+def _backward_fake(
+    dout: Tensor,
+    x: Tensor,
+    gate: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    routed: Tensor,
+    h: Tensor,
+    routing_weights: Tensor,
+    selected_experts: Tensor,
+    offsets: Tensor,
+    gather: Tensor,
+    scatter: Tensor,
+    dlogits: Tensor | None,
+    norm_topk_prob: bool,
+    options: str,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    like = (x, gate, gate_up_proj, down_proj)
+    grads = [t.new_empty(t.shape if need else 0) for t, need in zip(like, needs, strict=True)]
+    return grads[0], grads[1], grads[2], grads[3]
+
+
+@define(
+    "block_backward(Tensor dout, Tensor x, Tensor gate, Tensor gate_up_proj, Tensor down_proj, Tensor routed, "
+    "Tensor h, Tensor routing_weights, Tensor selected_experts, Tensor offsets, Tensor gather, Tensor scatter, "
+    "Tensor? dlogits, bool norm_topk_prob, str options, bool[] needs) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _backward_fake,
+)
+def block_backward(
+    dout: Tensor,
+    x: Tensor,
+    gate: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    routed: Tensor,
+    h: Tensor,
+    routing_weights: Tensor,
+    selected_experts: Tensor,
+    offsets: Tensor,
+    gather: Tensor,
+    scatter: Tensor,
+    dlogits: Tensor | None,
+    norm_topk_prob: bool,
+    options: str,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of (x, gate, gate_up_proj, down_proj) for dout [T,H] and, if the logits were used, dlogits [T,E].
+
+    One that `needs` does not ask for is empty.
+    """
+    need_x, need_gate, need_up, need_down = needs
+    pipeline = Pipeline(offsets, gather, scatter, parse(options), gate_up_proj, down_proj)
+    x, dout = aligned(x), aligned(dout)
+    dx = d_gate = d_up = d_router = None
+    with on_device(x.device):
+        if pipeline.options.saved == "x":
+            h = pipeline.h_again(x)
+        dh, ds, d_down = pipeline.d_down(dout, h, routing_weights, need_dh=any(needs[:3]), need_dw=need_down)
+        if ds is not None and (need_x or need_gate):
+            dweights = ds.to(routing_weights.dtype).view(routing_weights.shape)
+            experts = gate.shape[0]
+            d_router = plain(top_k_softmax_backward)(dweights, routed, selected_experts, experts, norm_topk_prob)
+            d_router = d_router if dlogits is None else d_router + dlogits
+            d_gate = d_router.t() @ x if need_gate else None
+        if dh is not None and d_router is not None and need_x:
+            dx = pipeline.dx_up(dh, (d_router, gate))  # before dW: their buffers take turns
+        if dh is not None and need_up:
+            d_up = pipeline.dw_up(dh, x)
+    return (
+        empty_like_none(dx, x),
+        empty_like_none(d_gate, x),
+        empty_like_none(d_up, x),
+        empty_like_none(d_down, x),
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+    *tensors, ctx.norm_topk_prob, ctx.options, ctx.saved_h = inputs
+    ctx.mark_non_differentiable(*(tensor for tensor in output[2:] if tensor is not None))
+    ctx.set_materialize_grads(False)  # what is only saved gets no gradient: no zeros of its size
+    ctx.spent = False
+    _, logits, h, weights, selected, exact, *indices = output
+    routed = exact if ctx.norm_topk_prob else logits
+    ctx.save_for_backward(*tensors, routed, empty_like_none(h, tensors[0]), weights, selected, *indices)
+
+
+def _backward(ctx: Any, dout: Tensor | None, dlogits: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    constants, needs = (None,) * 3, list(ctx.needs_input_grad[:4])
+    if dout is None and dlogits is None:
+        return (None,) * 7
+    saved = ctx.saved_tensors  # once: a checkpoint hands them out, and computes them anew for it
+    if dout is None:  # a loss of the logits alone
+        assert dlogits is not None
+        dx = dlogits @ saved[1] if needs[0] else None
+        d_gate = dlogits.t() @ saved[0] if needs[1] else None
+        return dx, d_gate, None, None, *constants
+    spend(ctx)
+    more = None if dlogits is None else dlogits.contiguous()
+    grads = call(block_backward, dout.contiguous(), *saved, more, ctx.norm_topk_prob, ctx.options, needs)
+    return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *constants
+
+
+differentiate(block_forward, _backward, _save, _block_forward)
+differentiate(block_backward, no_second_derivative)
+
+
+def compute_block(
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor], norm_topk_prob: bool, options: FusedOptions
+) -> tuple[Tensor, Tensor]:
+    """(out [T,H], router logits [T,E]) of (x [T,H], gate, gate_up_proj, down_proj), differentiable in all four.
+
+    For `fuse_combine`. Raises as `block_forward`, and RuntimeError for forward-mode differentiation, which it lacks.
+    """
+    x, gate, *weights = tensors
+    save_h = options.saved != "x" and torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    refuse_compiled_reuse(options)
+    refuse_forward_mode(*tensors)
+    out, logits, *_ = call(block_forward, x.contiguous(), gate, *weights, norm_topk_prob, options.text, save_h)
+    return out, logits

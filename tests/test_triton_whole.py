@@ -1,0 +1,283 @@
+"""The block as one operator: every gradient, the router's part of dX above all, and what its two halves may be asked.
+
+The yardstick is the torch backend in the same dtype beside float64 (`judge`), and, where a loss uses the router's
+logits, torch's own autograd through the torch backend in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+from typing import Any
+
+import fused
+import judge
+import pytest
+import torch
+import torch.autograd.forward_ad as fwAD
+from fused import COMBINATIONS, DEVICE, DTYPES, GPU, dtype_id, flag_id
+from judge import WEIGHTS, Tensors
+from torch import Tensor
+
+from moefactory.block import Qwen3MoeFusedGroupedGEMMBlock, Qwen3MoeGroupedGEMMBlock
+from moefactory.config import ResolvedModel
+from moefactory.triton import combine, whole
+from moefactory.triton.launch import record_launches
+from moefactory.triton.options import FusedOptions
+
+MODEL = ResolvedModel(64, 32, 8, 2, True, "silu")
+WIDE = torch.float32 if GPU else torch.float64
+ONE_PASS = [flags for flags in COMBINATIONS if flags["fuse_combine"]]
+NAMES = ("x", *WEIGHTS)
+
+
+@pytest.fixture(autouse=True)
+def _surroundings() -> Iterator[None]:
+    with fused.surroundings():  # fresh memory is NaN
+        yield
+
+
+def make_block(model: ResolvedModel = MODEL, dtype: torch.dtype = WIDE, **more: Any) -> Any:
+    weights = judge.unit_weights(model, dtype)
+    return Qwen3MoeFusedGroupedGEMMBlock(model, *(weights[name].to(DEVICE) for name in WEIGHTS), **more)
+
+
+def operands(tokens: int, model: ResolvedModel = MODEL, dtype: torch.dtype = WIDE) -> dict[str, Tensor]:
+    weights = judge.unit_weights(model, dtype)
+    x = judge.unit_tokens(tokens, model, dtype)[0]
+    return {"x": x.to(DEVICE), **{name: weights[name].to(DEVICE) for name in WEIGHTS}}
+
+
+# --- the sum of dX ----------------------------------------------------------------------------------------------------
+
+SIZES = [  # tokens, experts, top_k, width: sizes below, at and above a program's 64 tokens, 128 columns, 128 experts
+    (1, 1, 1, 8),
+    (7, 3, 2, 40),
+    (64, 8, 8, 128),
+    (65, 20, 3, 136),
+    (130, 129, 2, 264),
+    (3, 300, 4, 1000 if GPU else 72),
+]
+
+
+@pytest.mark.parametrize("token_order", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_sum_dX(sizes: tuple[int, ...], dtype: torch.dtype, token_order: bool) -> None:
+    """Against float64: sums of float32 in another order, then one rounding to the dtype.
+
+    The bound is one unit in the last place of the result, plus float32's of the sum of the addends' sizes.
+    """
+    tokens, experts, top_k, width = sizes
+    draw = torch.Generator().manual_seed(5)
+
+    def new(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=draw, dtype=torch.float64).to(dtype)
+
+    rows, dlogits, gate = new(tokens * top_k, width), new(tokens, experts), new(experts, width)
+    scatter = torch.randperm(tokens * top_k, generator=draw).int()
+    with record_launches() as names:
+        got = combine.sum_dX(*(t.to(DEVICE) for t in (rows, scatter, dlogits, gate)), top_k, token_order=token_order)
+    assert names == ["sum_dX"]
+    assert got.dtype == dtype
+    taken = (rows if token_order else rows[scatter.long()]).double().view(tokens, top_k, width)
+    exact = taken.sum(1) + dlogits.double() @ gate.double()
+    terms = taken.abs().sum(1) + dlogits.double().abs() @ gate.double().abs()
+    inner = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    bound = exact.abs() * torch.finfo(dtype).eps + terms * inner * (top_k + experts)
+    assert ((got.cpu().double() - exact).abs() <= bound).all()
+
+
+def test_sum_dX_of_no_tokens() -> None:
+    nothing = torch.empty(0, 8, device=DEVICE)
+    scatter = torch.empty(0, dtype=torch.int32, device=DEVICE)
+    dx = combine.sum_dX(nothing, scatter, nothing, torch.ones(8, 8, device=DEVICE), 2, token_order=True)
+    assert dx.shape == (0, 8)
+
+
+def test_sum_dX_keeps_a_bad_row_to_its_token() -> None:
+    """NaN in a row, in dlogits or in a column of the gate reaches its token, or its column, and nothing else."""
+    tokens, experts, top_k, width = 70, 5, 2, 130
+    draw = torch.Generator().manual_seed(6)
+    rows, dlogits = torch.randn(tokens * top_k, width, generator=draw), torch.randn(tokens, experts, generator=draw)
+    gate, scatter = torch.randn(experts, width, generator=draw), torch.arange(tokens * top_k, dtype=torch.int32)
+    rows[7, 3], dlogits[9, 1], gate[2, 129] = (float("nan"),) * 3
+    dx = combine.sum_dX(*(t.to(DEVICE) for t in (rows, scatter, dlogits, gate)), top_k, token_order=True).cpu()
+    bad = torch.zeros(tokens, width, dtype=torch.bool)
+    bad[3, 3], bad[9], bad[:, 129] = True, True, True
+    assert torch.equal(dx.isnan(), bad)
+
+
+# --- a step -----------------------------------------------------------------------------------------------------------
+
+
+def step(block: Any, x: Tensor, dy: Tensor, dlogits: Tensor | None, used: str = "both") -> Tensors:
+    """Results and gradients of <dy, out> + <dlogits, logits>, or of one of the two, on the CPU."""
+    device = block.gate.device
+    leaf = x.detach().to(device).requires_grad_()
+    block.zero_grad(set_to_none=True)
+    out, logits = block(leaf)
+    out = getattr(out, "hidden_states", out)
+    given = {"out": (out, dy), "logits": (logits, dlogits)}
+    pairs = [
+        (t, d.to(device).view(t.shape)) for name, (t, d) in given.items() if d is not None and used in {name, "both"}
+    ]
+    torch.autograd.backward([t for t, _ in pairs], [d for _, d in pairs])
+    grads = {"dx": leaf.grad, **{name: getattr(block, name).grad for name in WEIGHTS}}
+    found = {"hidden_states": out.detach(), "router_logits": logits.detach()}
+    return {name: t.cpu() for name, t in {**found, **grads}.items() if t is not None}
+
+
+@pytest.mark.parametrize("flags", ONE_PASS, ids=flag_id)
+@pytest.mark.parametrize("used", ["both", "out", "logits"])
+@pytest.mark.parametrize("norm", [True, False])
+def test_losses_of_the_logits(used: str, norm: bool, flags: dict[str, bool]) -> None:
+    """A loss of the output, of the router's logits (a balancing loss), or of both: float64's gradients to rounding.
+
+    Interpreted, float64 with a bound of 1e-12 of the largest; on a GPU float32 with 1e-4.
+    """
+    model = ResolvedModel(64, 32, 8, 2, norm, "silu")
+    tokens, weights = 70, judge.unit_weights(model, WIDE)
+    x, dy = judge.data(tokens, model, WIDE)
+    dlogits = torch.randn(tokens, 8, generator=torch.Generator().manual_seed(9), dtype=torch.float64).to(WIDE)
+    right_block = Qwen3MoeGroupedGEMMBlock(model, *(weights[name].double() for name in WEIGHTS), trace=False)
+    exact = step(right_block, x.double(), dy.double(), dlogits.double(), used)
+    got = step(make_block(model, **flags), x, dy, dlogits, used)
+    assert set(got) == {"hidden_states", "router_logits", "dx", "gate"} | (set() if used == "logits" else set(WEIGHTS))
+    for name, tensor in got.items():
+        bound = (1e-4 if GPU else 1e-12) * exact[name].abs().max()
+        assert (tensor.double() - exact[name]).abs().max() <= bound, name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("tokens", [0, 1, 5, 65, 150])
+def test_the_node_and_its_parts(tokens: int, dtype: torch.dtype) -> None:
+    """The same numbers as from router, plan and experts by themselves: all bits but those of dX and of what is seen
+    through another product, dX by the judge's rule."""
+    block = make_block(MODEL, dtype)
+    x, dy = judge.data(tokens, MODEL, dtype)
+    got = step(block, x, dy, None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Qwen3MoeFusedGroupedGEMMBlock, "_at_once", lambda *args: None)
+        apart = step(block, x, dy, None)
+    assert set(got) == set(apart)
+    assert [name for name in got if name != "dx" and not torch.equal(got[name], apart[name])] == []
+    selected = judge.held_routing(MODEL, judge.unit_weights(MODEL, dtype), x)
+    exact = judge.oracle(MODEL, judge.unit_weights(MODEL, dtype), x, dy, selected)["dx"]
+    assert judge.complaints({"dx": got["dx"]}, {"dx": apart["dx"]}, {"dx": exact}, dtype) == []
+
+
+@pytest.mark.parametrize("needs", [n for n in product((True, False), repeat=4) if any(n)], ids=str)
+def test_only_requested_gradients(needs: tuple[bool, ...]) -> None:
+    """Each subset of the four leaves: its gradients have the bits that they have among all, the others are None."""
+    tensors = operands(70)
+    dy = judge.unit_tokens(70, MODEL, WIDE, seed=2)[0].to(DEVICE)
+
+    def gradients(wanted: tuple[bool, ...]) -> tuple[dict[str, Tensor | None], list[str]]:
+        leaves = [t.detach().clone().requires_grad_(need) for t, need in zip(tensors.values(), wanted, strict=True)]
+        with record_launches() as names:
+            out, _ = whole.compute_block((leaves[0], leaves[1], leaves[2], leaves[3]), True, FusedOptions(2))
+            out.backward(dy)
+        return dict(zip(NAMES, (leaf.grad for leaf in leaves), strict=True)), names
+
+    (everything, _), (found, names) = gradients((True,) * 4), gradients(needs)
+    for name, need in zip(NAMES, needs, strict=True):
+        right = everything[name]
+        assert right is not None
+        mine = found[name]
+        assert (mine is not None) == need
+        assert mine is None or torch.equal(mine, right), name
+    x, gate, up, down = needs
+    flags = dict.fromkeys(fused.FLAGS, True)
+    expected = fused.expected_backward(flags, (x, x or gate, up, down), router=True)
+    forward = [*fused.expected_front(70, 8, 2), *fused.expected_forward(flags)]
+    assert fused.without_tables(names) == [*forward, *expected]
+
+
+def test_logits_may_be_changed_after_the_forward() -> None:
+    """With normalised weights nothing is kept of the logits: who scales them in place disturbs no backward."""
+    x, dy = judge.data(70, MODEL, WIDE)
+    block = make_block()
+    expected = step(block, x, dy, None)
+    leaf = x.to(DEVICE).requires_grad_()
+    block.zero_grad(set_to_none=True)
+    out, logits = block(leaf)
+    logits.detach().mul_(3)
+    out.backward(dy.to(DEVICE))
+    assert torch.equal(leaf.grad.cpu(), expected["dx"])  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("tokens", [5, 70])
+def test_repeated(tokens: int) -> None:
+    """The same bits each time, from the second call of a kind on from its tape."""
+    block, (x, dy) = make_block(MODEL, DTYPES[-1]), judge.data(tokens, MODEL, DTYPES[-1])
+    first = step(block, x, dy, None)
+    for _ in range(50 if GPU else 3):
+        assert fused.differing(step(block, x, dy, None), first) == []
+
+
+# --- the operators ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("tokens", [3, 70])
+def test_opcheck(tokens: int, norm: bool) -> None:
+    """Both operators by torch's own checks: schema, fake tensors, autograd, AOT dispatch."""
+    tensors = [t.requires_grad_() for t in operands(tokens).values()]
+    text = FusedOptions(2).text
+    torch.library.opcheck(whole.block_forward, (*tensors, norm, text, True))
+    with torch.no_grad():
+        out, logits, h, weights, selected, exact, *indices = whole.block_forward(*tensors, norm, text, True)
+    plain = [t.detach() for t in tensors]
+    routed = exact if norm else logits
+    for dlogits, needs in ((None, [True] * 4), (torch.ones_like(logits), [True, True, False, False])):
+        saved = (*plain, routed, h, weights, selected, *indices, dlogits)
+        torch.library.opcheck(whole.block_backward, (torch.ones_like(out), *saved, norm, text, needs))
+
+
+def test_h_reused_runs_once() -> None:
+    block, (x, dy) = make_block(saved="h_reused"), judge.data(70, MODEL, WIDE)
+    expected = step(make_block(), x, dy, None)
+    assert fused.differing(step(block, x, dy, None), expected) == []
+    out, _ = block(x.to(DEVICE).requires_grad_())
+    out.backward(dy.to(DEVICE), retain_graph=True)
+    with pytest.raises(RuntimeError, match="a second backward, but saved=h_reused"):
+        out.backward(dy.to(DEVICE))
+
+
+def test_no_second_derivative() -> None:
+    x, _ = judge.data(70, MODEL, WIDE)
+    leaf = x.to(DEVICE).requires_grad_()
+    out, _ = make_block()(leaf)
+    (dx,) = torch.autograd.grad(out.sum(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        dx.sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's own, at first use
+@pytest.mark.parametrize("name", NAMES)
+def test_no_forward_mode(name: str) -> None:
+    tensors = operands(70)
+    with fwAD.dual_level(), pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        tensors[name] = fwAD.make_dual(tensors[name], torch.ones_like(tensors[name]))
+        whole.compute_block(tuple(tensors.values()), True, FusedOptions(2))  # type: ignore[arg-type]
+
+
+REFUSED = {
+    "gate": ("gate", lambda t: t[:, :-1], r"gate: got \(8, 63\)"),
+    "up": ("gate_up_proj", lambda t: t[..., :-2].contiguous(), r"gate_up_proj: got \(8, 64, 62\)"),
+    "down": ("down_proj", lambda t: t.half(), r"down_proj: got \(8, 64, 32\) torch.float16"),
+    "strides": ("down_proj", lambda t: t.mT.contiguous().mT, "down_proj: got strides"),
+    "device": ("gate_up_proj", lambda t: t.to("meta"), "gate_up_proj: on meta; needed: x's device"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_does_not_fit_is_refused(case: str) -> None:
+    """One line with the argument, what came and what is needed, before anything is launched."""
+    name, change, words = REFUSED[case]
+    tensors = operands(70)
+    tensors[name] = change(tensors[name])
+    with record_launches() as names, pytest.raises(ValueError, match=words):
+        whole.compute_block(tuple(tensors.values()), True, FusedOptions(2))  # type: ignore[arg-type]
+    assert names == []
