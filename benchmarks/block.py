@@ -5,8 +5,9 @@ forward  the block under no_grad, router included; step: forward and backward, g
 share    dense time over the block's, in the same run, taking turns (medians of do_bench, bf16, unit-scale normal data)
 memory   MiB held after a training forward beyond weights and x, and the peak of a step, gradients included; of the
          two results the logits are dropped, as a training step without an auxiliary loss does
-host     microseconds of host time for an eager call, median of batches that the launch queue holds; graph: of a replay
-         of a CUDA graph of a forward
+host     microseconds of host time for an eager call, median of batches that the launch queue holds
+decode   microseconds of a replay of a CUDA graph of a forward (do_bench, which leaves the L2 full of what it wrote);
+         read: of one that does nothing but read the weights of as many experts, once
 skew     the experts alone with a stated routing, balanced, Zipf 1.0 and all tokens on 8 experts: forward, step
 sweep    forward over T in powers of two; one graph replay up to 4,096 tokens, where the host would be what is timed
 """
@@ -19,6 +20,8 @@ import sys
 import time
 
 import torch
+import triton
+import triton.language as tl
 from kernels import versions
 
 from moefactory import MoeConfig, Qwen3MoeFusedGroupedGEMMBlock
@@ -69,6 +72,42 @@ def host_microseconds(call) -> float:
 
 def graph_microseconds(block, tokens: int) -> float:
     return milliseconds(one_step(block, tokens).graph()) * 1e3
+
+
+@triton.jit
+def _read(ptr, out_ptr, n, BLOCK: tl.constexpr, UNROLL: tl.constexpr):
+    total = tl.zeros((BLOCK,), tl.float32)
+    for first in tl.range(tl.program_id(0) * BLOCK * UNROLL, n, tl.num_programs(0) * BLOCK * UNROLL):
+        for part in tl.static_range(UNROLL):
+            offs = first + part * BLOCK + tl.arange(0, BLOCK)
+            total += tl.load(ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+    tl.store(out_ptr + tl.program_id(0), tl.sum(total))
+
+
+def decode(block, name: str, tokens: int) -> dict:
+    run = one_step(block, tokens)
+    experts = block.run_router(run.x[0].detach())[2].unique().numel()
+    programs = 4 * torch.cuda.get_device_properties(DEVICE).multi_processor_count
+    sums = torch.empty(programs, device=DEVICE)
+    weights = [weight.detach()[:experts] for weight in (block.gate_up_proj, block.down_proj)]
+
+    def read() -> torch.Tensor:
+        for weight in weights:
+            _read[(programs,)](weight, sums, weight.numel(), BLOCK=2048, UNROLL=4, num_warps=8)
+        return sums
+
+    graph = torch.cuda.CUDAGraph()
+    read()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        read()
+    row = {"model": name, "tokens": tokens, "experts": experts, "graph_us": graph_microseconds(block, tokens)}
+    row["read_us"] = milliseconds(graph.replay) * 1e3
+    print(
+        f"{name:16s} {tokens:6d} graph {row['graph_us']:.1f} us, {experts} experts read {row['read_us']:.1f}",
+        flush=True,
+    )
+    return row
 
 
 def measure(block, name: str, tokens: int, saved: str = "h") -> dict:
@@ -144,9 +183,7 @@ def main() -> None:
         for tokens in (16384, 4096, 1024, 256):
             result["rows"].append(measure(block, name, tokens))
         for tokens in (1, 16, 128):
-            us = graph_microseconds(block, tokens)
-            result["decode"].append({"model": name, "tokens": tokens, "graph_us": us})
-            print(f"{name:16s} {tokens:6d} graph {us:.1f} us", flush=True)
+            result["decode"].append(decode(block, name, tokens))
         if name == "qwen3_30b_a3b":
             for saved in ("h_reused", "x"):
                 other = Qwen3MoeFusedGroupedGEMMBlock(

@@ -17,6 +17,8 @@ import torch
 from moefactory.config import KernelConfigBackward_dW, KernelConfigBackward_dX, KernelConfigForward
 from moefactory.routing import route
 from moefactory.triton import specialized_dswiglu, specialized_dW, specialized_rows
+from moefactory.triton.combine import sum_dX
+from moefactory.triton.decode import decode_tokens
 from moefactory.triton.few_tokens import route_few_tokens
 from moefactory.triton.ops import compute_experts
 from moefactory.triton.options import FusedOptions
@@ -83,6 +85,15 @@ def main() -> None:
         logits = torch.randn(tokens, EXPERTS, device="cuda", dtype=torch.bfloat16)
         route_few_tokens(logits, TOP_K, True, TILES["block_m"])
         count += 1
+    for tokens in (1, 4) if "plain" in parts else ():
+        new = lambda *s: torch.randn(*s, device="cuda", dtype=torch.bfloat16)  # noqa: E731
+        weights = new(EXPERTS, HIDDEN), new(EXPERTS, 2 * WIDTH, HIDDEN), new(EXPERTS, HIDDEN, WIDTH)
+        decode_tokens(new(tokens, HIDDEN), *weights, TOP_K, True)
+        count += 1
+    for permute_x in (True, False) if "plain" in parts else ():  # the router's part of dX
+        rows, scatter = new(TOKENS * TOP_K, HIDDEN), torch.randperm(TOKENS * TOP_K, device="cuda", dtype=torch.int32)
+        sum_dX(rows, scatter, new(TOKENS, EXPERTS), new(EXPERTS, HIDDEN), TOP_K, token_order=permute_x)
+        count += 1
     if "specialized" in parts and torch.cuda.get_device_capability() == (9, 0):
         for module in (specialized_rows, specialized_dswiglu, specialized_dW):
             module.num_programs = lambda device: SPECIALIZED_PROGRAMS
@@ -91,7 +102,7 @@ def main() -> None:
             step(torch.bfloat16, specialized(wide_x=wide_x), SPECIALIZED_TOKENS, **flags)
             count += 1
     torch.cuda.synchronize()
-    print(f"{count} steps and routings ran")
+    print(f"{count} steps, routings, forwards and sums ran")
 
 
 if __name__ == "__main__":

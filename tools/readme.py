@@ -160,7 +160,13 @@ def more_speed() -> str:
     balanced, *skewed = result["skew"]
     worst = max(row[ms] / balanced[ms] for row in skewed for ms in ("forward_ms", "step_ms"))
     lines = [
-        *((f"forward, one CUDA graph replay, tokens: {row['tokens']}", f"{row['graph_us']:.0f} us") for row in decode),
+        *(
+            (
+                f"forward, one CUDA graph replay, tokens: {row['tokens']}",
+                f"{row['graph_us']:.0f} us; reading its experts' weights and nothing else: {row['read_us']:.0f}",
+            )
+            for row in decode
+        ),
         ("host time of an eager forward of 1 token", f"{result['host']['forward_1_us'] / 1e3:.2f} ms"),
         ("host time of an eager step of 256 tokens", f"{result['host']['step_256_us'] / 1e3:.1f} ms"),
         (f"skewed routing over balanced, at worst ({', '.join(row['routing'] for row in skewed)})", f"{worst:.2f}"),

@@ -26,7 +26,7 @@ from torch import Tensor
 from .launch import accumulator, cdiv, launch, power_of_2
 
 BLOCK_H = 1024
-SUM_T, SUM_H = 64, 128  # of a program of the sum that has the router's part: sides of a small product
+SUM_T, SUM_H = 64, 64  # of a program of the sum that has the router's part: sides of a small product
 
 
 @triton.jit
@@ -92,12 +92,13 @@ def _sum_dX(
     BLOCK_H: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    offs_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    # programs beside each other share rows: memory is read in longer runs
+    token = tl.program_id(1).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    offs_h = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
     inside = token < T
     mask = inside[:, None] & (offs_h < H)[None, :]
     total = tl.zeros((BLOCK_T, BLOCK_H), ACC)
-    for first in range(0, E, BLOCK_E):
+    for first in tl.range(0, E, BLOCK_E, num_stages=1):  # one turn, as a rule: nothing to load ahead for
         offs_e = first + tl.arange(0, BLOCK_E)
         dlogits_ptrs = dlogits_ptr + token[:, None] * E + offs_e[None, :]
         dlogits = tl.load(dlogits_ptrs, mask=inside[:, None] & (offs_e < E)[None, :], other=0.0)
@@ -121,8 +122,8 @@ def sum_dX(
     if not tokens:
         return dx
     sides = {"BLOCK_T": SUM_T, "BLOCK_H": min(max(16, power_of_2(width)), SUM_H)}
-    grid = (cdiv(tokens, SUM_T), cdiv(width, sides["BLOCK_H"]))
+    grid = (cdiv(width, sides["BLOCK_H"]), cdiv(tokens, SUM_T))
     args = (rows, scatter_indices, dlogits.contiguous(), gate.contiguous(), dx, tokens, experts, width)
     meta = {"TOP_K": top_k, "UNPERMUTE": not token_order, "ACC": accumulator(rows.dtype), **sides}
-    launch("sum_dX", _sum_dX, grid, *args, **meta, BLOCK_E=min(max(16, power_of_2(experts)), 128), num_warps=8)
+    launch("sum_dX", _sum_dX, grid, *args, **meta, BLOCK_E=min(max(16, power_of_2(experts)), 128), num_warps=4)
     return dx
