@@ -145,6 +145,14 @@ def _step(few: bool = False, **options: Any) -> list[str]:
     return names
 
 
+def _tensors(experts: int, hidden: int, tokens: int) -> Any:
+    """(x, gate, gate_up_proj, down_proj) in bfloat16, of 32 columns an expert."""
+    import torch
+
+    shapes = (tokens, hidden), (experts, hidden), (experts, 64, hidden), (experts, hidden, 32)
+    return tuple(torch.randn(shape).bfloat16() for shape in shapes)
+
+
 def same_parameters(driver: Driver) -> dict[str, bool]:
     """{launch: whether the driver is told what Triton tells it}, each looked at once its kernel is known."""
     import fused
@@ -154,6 +162,7 @@ def same_parameters(driver: Driver) -> dict[str, bool]:
         backward_dW,
         backward_dX,
         combine,
+        decode,
         few_tokens,
         gather,
         launch,
@@ -180,13 +189,15 @@ def same_parameters(driver: Driver) -> dict[str, bool]:
 
     from moefactory.triton import forward
 
-    users = (activation, backward_dW, backward_dX, combine, few_tokens, forward, gather, router, schedule)
+    users = (activation, backward_dW, backward_dX, combine, decode, few_tokens, forward, gather, router, schedule)
     for user in users:
         user.launch = comparing  # type: ignore[attr-defined]
     for flags in (fused.COMBINATIONS[0], fused.COMBINATIONS[-1]):
         options = {**flags, "kernels": fused.tma_kernels(flags)}
         _step(**options)
     _step(few=True)
+    _whole(_tensors(4, 64, 24), {})
+    decode.decode(_tensors(4, 64, 2), 2, True)
     for user in users:
         user.launch = real  # type: ignore[attr-defined]
     return found
@@ -263,11 +274,90 @@ def played(driver: Driver) -> list[dict[str, Any]]:
     return found
 
 
+def _whole(tensors: Any, flags: dict[str, Any], top_k: int = 2) -> list[str]:
+    """A step of the block as one operator; the names of what was launched."""
+    import torch
+
+    from moefactory.triton.launch import record_launches
+    from moefactory.triton.options import FusedOptions
+    from moefactory.triton.whole import compute_block
+
+    leaves = tuple(t.clone().requires_grad_() for t in tensors)
+    with record_launches() as names:
+        out, logits = compute_block(leaves, True, FusedOptions(top_k, **flags))  # type: ignore[arg-type]
+        torch.autograd.backward((out, logits), (torch.ones_like(out), torch.ones_like(logits)))
+    return names
+
+
+def blocks(driver: Driver) -> list[dict[str, Any]]:
+    """Of steps of the block, and of decoding: what is launched, four times, and what became of their kinds.
+
+    64 tokens of 8 experts have row tiles of more than the 16 rows that few tokens usually have.
+    """
+    import torch
+
+    from moefactory.triton import decode, lookup, replay
+    from moefactory.triton.launch import record_launches
+
+    def decoded() -> list[str]:
+        with record_launches() as names, torch.no_grad():
+            decode.decode(one, 2, True)
+        return names
+
+    one, few, many, high = _tensors(4, 64, 1), _tensors(4, 64, 24), _tensors(4, 64, 70), _tensors(8, 64, 64)
+    runs: dict[str, Callable[[], list[str]]] = {
+        "decoding": decoded,
+        "few tokens": lambda: _whole(few, {}),
+        "high tiles": lambda: _whole(high, {}, 8),
+        "many tokens": lambda: _whole(many, {}),
+        "recomputed": lambda: _whole(many, {"saved": "x"}),
+        "reused": lambda: _whole(many, {"saved": "h_reused"}),
+    }
+    found = []
+    for name, run in runs.items():
+        lookup.forget()
+        steps = [run() for _ in range(4)]
+        tapes = [type(kept).__name__ for kept in replay._tapes.values()]
+        found.append({"case": name, "same": all(one == steps[0] for one in steps), "tapes": tapes, "names": steps[0]})
+    return found
+
+
+def moved(driver: Driver) -> dict[str, str]:
+    """A weight that is elsewhere, once its kind has a tape: what is said, and what is launched."""
+    import torch
+
+    from moefactory.triton import decode, lookup, whole
+    from moefactory.triton.launch import record_launches
+    from moefactory.triton.options import FusedOptions
+
+    ways: dict[str, Callable[[Any], Any]] = {
+        "block": lambda tensors: whole.compute_block(tensors, True, FusedOptions(2)),
+        "decode": lambda tensors: decode.decode(tensors, 2, True),
+    }
+    found = {}
+    for (way, run), index in product(ways.items(), (2, 3)):
+        lookup.forget()
+        tensors = list(_tensors(4, 64, 2))
+        with torch.no_grad():
+            for _ in range(4):
+                run(tuple(tensors))
+            tensors[index] = tensors[index].to("meta")
+            with record_launches() as names:
+                try:
+                    run(tuple(tensors))
+                    found[f"{way} {index}"] = f"launched {names}"
+                except (ValueError, NotImplementedError) as refused:
+                    found[f"{way} {index}"] = f"{type(refused).__name__}: {refused}{names or ''}"
+    return found
+
+
 CASES: dict[str, Callable[[Driver], Any]] = {
     "same parameters": same_parameters,
     "descriptors": descriptors,
     "hooks": hooks,
     "played": played,
+    "blocks": blocks,
+    "moved": moved,
 }
 
 

@@ -373,6 +373,15 @@ def test_compiled() -> None:
     assert all(torch.equal(a, b) for a, b in zip((out, logits), block(x), strict=True))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")  # of torch.jit itself
+def test_a_trace_takes_the_other_kernels() -> None:
+    """torch.jit.trace holds on to what it saw of a few tokens; the kernels for any number of few tokens take more."""
+    block = make_block().requires_grad_(False)
+    traced = torch.jit.trace(block, judge.data(2, MODEL, torch.float32)[0].to(DEVICE), check_trace=False)
+    x = judge.data(10, MODEL, torch.float32)[0].to(DEVICE)
+    assert torch.equal(traced(x)[0], block(x)[0])
+
+
 def test_no_backward() -> None:
     tensors = operands()
     tensors[0].requires_grad_()

@@ -104,7 +104,7 @@ def test_a_table_of_another_height_is_not_used(monkeypatch: pytest.MonkeyPatch) 
     """A router that expects other tiles than the GEMM has costs a launch and no bit."""
     block = make_block()
     expected, _ = step(block, 9)
-    monkeypatch.setattr(whole, "first_block_m", lambda *args: 128)
+    monkeypatch.setattr(whole, "_block_m", lambda *args: 128)
     got, names = step(block, 9)
     assert differing(got, expected) == []
     assert names.index("tile_table") < names.index("forward_up")

@@ -37,7 +37,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_the_driver_is_told_what_triton_tells_it(found: dict[str, Any]) -> None:
     """Function, stream, grid, block, shared memory and every parameter, byte for byte, tensor maps among them."""
     kernels = {"tile_table", "forward_up", "forward", "combine", "dX_dswiglu", "dX", "dW", "gather_rows"}
-    few = {"route_few_tokens", "route_backward"}
+    few = {"route_few_tokens", "route_backward", "sum_dX", "decode_gate", "decode_experts"}
     assert set(found["same parameters"]) == kernels | {"swiglu_forward", "swiglu_backward"} | few
     assert all(found["same parameters"].values()), found["same parameters"]
 
@@ -74,6 +74,33 @@ def test_a_tape_launches_what_the_code_does(found: dict[str, Any]) -> None:
     assert few["names"][:4] == ["route_few_tokens", "forward_up", "forward", "combine"]
     assert "tile_table" not in few["names"]
     assert len(found["played"]) == 17
+
+
+@pytest.mark.interpreter
+@no_compiler
+def test_a_block_is_taped(found: dict[str, Any]) -> None:
+    """Steps as one operator, and decoding: the same launches four times, and a tape for each of the operators.
+
+    Few tokens with tiles higher than usual take no table of their own in the forward, recorded or not.
+    """
+    kinds = {one["case"]: one for one in found["blocks"]}
+    assert set(kinds) == {"decoding", "few tokens", "high tiles", "many tokens", "recomputed", "reused"}
+    for name, one in kinds.items():
+        assert one["same"], name
+        assert one["tapes"] == ["Tape"] * (1 if name == "decoding" else 2), name
+    for name in ("few tokens", "high tiles"):
+        assert kinds[name]["names"][:4] == ["route_few_tokens", "forward_up", "forward", "combine"]
+    assert kinds["decoding"]["names"] == ["decode_gate", "decode_experts"]
+
+
+@pytest.mark.interpreter
+@no_compiler
+def test_a_weight_that_has_moved_is_refused(found: dict[str, Any]) -> None:
+    """Also where a tape is there for its kind: an address of another device must not reach a kernel."""
+    names = {2: "gate_up_proj", 3: "down_proj"}
+    for way in ("block", "decode"):
+        for index, name in names.items():
+            assert found["moved"][f"{way} {index}"] == f"ValueError: {name}: on meta; needed: x's device cpu"
 
 
 def test_a_descriptor_is_checked_where_its_shape_is_new() -> None:

@@ -236,6 +236,16 @@ def test_opcheck(tokens: int, norm: bool) -> None:
         torch.library.opcheck(whole.block_backward, (torch.ones_like(out), *saved, norm, text, needs))
 
 
+def test_under_autocast_in_its_tensors_dtype() -> None:
+    """The operator's parts are called with the tensors that it was given; the block has cast them."""
+    tensors = tuple(operands(70, dtype=torch.float32).values())
+    expected = whole.compute_block(tensors, True, FusedOptions(2))  # type: ignore[arg-type]
+    with torch.autocast(DEVICE, torch.bfloat16):
+        for _ in range(4):
+            got = whole.compute_block(tensors, True, FusedOptions(2))  # type: ignore[arg-type]
+            assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(got, expected, strict=True))
+
+
 def test_h_reused_runs_once() -> None:
     block, (x, dy) = make_block(saved="h_reused"), judge.data(70, MODEL, WIDE)
     expected = step(make_block(), x, dy, None)

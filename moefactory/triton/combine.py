@@ -93,8 +93,9 @@ def _sum_dX(
     BLOCK_E: tl.constexpr,
 ):
     # programs beside each other share rows: memory is read in longer runs
-    token = tl.program_id(1).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    offs_h = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
+    programs_h = tl.cdiv(H, BLOCK_H)
+    token = (tl.program_id(0) // programs_h).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    offs_h = (tl.program_id(0) % programs_h) * BLOCK_H + tl.arange(0, BLOCK_H)
     inside = token < T
     mask = inside[:, None] & (offs_h < H)[None, :]
     total = tl.zeros((BLOCK_T, BLOCK_H), ACC)
@@ -122,7 +123,7 @@ def sum_dX(
     if not tokens:
         return dx
     sides = {"BLOCK_T": SUM_T, "BLOCK_H": min(max(16, power_of_2(width)), SUM_H)}
-    grid = (cdiv(width, sides["BLOCK_H"]), cdiv(tokens, SUM_T))
+    grid = (cdiv(width, sides["BLOCK_H"]) * cdiv(tokens, SUM_T),)
     args = (rows, scatter_indices, dlogits.contiguous(), gate.contiguous(), dx, tokens, experts, width)
     meta = {"TOP_K": top_k, "UNPERMUTE": not token_order, "ACC": accumulator(rows.dtype), **sides}
     launch("sum_dX", _sum_dX, grid, *args, **meta, BLOCK_E=min(max(16, power_of_2(experts)), 128), num_warps=4)

@@ -265,7 +265,8 @@ def suits(x: Tensor, num_experts: int, top_k: int, options: FusedOptions) -> boo
     """Whether `decode` computes a forward without gradients of x [T,H].
 
     It does where everything is fused and no kernel config is stated: it has no GEMM that one could be for, and no order
-    of rows that a permutation would change. Where a graph is for any number of tokens, it does not.
+    of rows that a permutation would change. Where a graph is for any number of tokens, it does not, nor where a trace
+    would hold on to the number that it sees.
     """
     fused = options.permute_x and options.permute_y and options.fuse_swiglu and options.fuse_combine
     if not fused or options.kernels or top_k > MAX_TOP_K or num_experts > MAX_EXPERTS or x.itemsize > 4:
@@ -275,7 +276,7 @@ def suits(x: Tensor, num_experts: int, top_k: int, options: FusedOptions) -> boo
         from torch.fx.experimental.symbolic_shapes import statically_known_true  # imports sympy
 
         return bool(statically_known_true(tokens > 0) and statically_known_true(tokens <= most))
-    return 0 < tokens <= most
+    return 0 < tokens <= most and not torch._C._is_tracing()
 
 
 def _fake(
@@ -292,7 +293,7 @@ def _fake(
 def decode_tokens(
     x: Tensor, gate: Tensor, gate_up_proj: Tensor, down_proj: Tensor, top_k: int, norm_topk_prob: bool
 ) -> tuple[Tensor, Tensor]:
-    """(out [T,H], router logits [T,E]) of x [T,H]; see `takes`. No backward.
+    """(out [T,H], router logits [T,E]) of x [T,H]; see `suits`. No backward.
 
     Raises:
         ValueError: no tokens or more than MAX_TOKENS, a weight of another shape, dtype or device than x needs, or one

@@ -49,7 +49,7 @@ def replayed(function: Callable[..., Any]) -> Callable[..., Any]:
         for tensor in tensors:
             key.append(tensor.shape)
             key.append(tensor.dtype)
-            plain = plain and tensor.is_contiguous()
+            plain = plain and tensor.is_contiguous() and tensor.device == device
         key += [tuple(arg) if type(arg) is list else arg for arg in args[len(tensors) :]]
         kind = tuple(key)
         for address in addresses:

@@ -31,7 +31,7 @@ from .launch import aligned, on_device
 from .library import call, define, differentiate, no_second_derivative, plain, refuse_forward_mode
 from .ops import check_weights, refuse_compiled_reuse, spend
 from .options import FusedOptions, parse
-from .pipeline import Pipeline, empty_like_none, first_block_m
+from .pipeline import Pipeline, config_of, empty_like_none
 from .plan import plan_tensors
 from .router import top_k_softmax, top_k_softmax_backward
 
@@ -60,13 +60,18 @@ def _forward_fake(
     )
 
 
+def _block_m(gate_up_proj: Tensor, num_rows: int, options: FusedOptions) -> int:
+    """The rows of a tile of the up GEMM. An operator's tensors are real ones, also while its tape is recorded."""
+    return config_of("fwd", "up", gate_up_proj, num_rows, options).block_m
+
+
 def _routed(
     logits: Tensor, gate_up_proj: Tensor, norm_topk_prob: bool, options: FusedOptions
 ) -> tuple[Three, Three, Three | None, int]:
     """((routing_weights, selected, exact), (offsets, gather, scatter), a tile table and its height if one was made)."""
     tokens, experts = logits.shape
     if few_tokens.few(tokens, experts):
-        block_m = first_block_m(gate_up_proj, tokens * options.top_k, options)
+        block_m = _block_m(gate_up_proj, tokens * options.top_k, options)
         out = plain(route_few_tokens)(logits, options.top_k, norm_topk_prob, block_m)
         weights, selected, exact, _, offsets, gather, scatter, *table = out
         return (weights, selected, exact), (offsets, gather, scatter), (table[0], table[1], table[2]), block_m
@@ -233,9 +238,15 @@ def compute_block(
 ) -> tuple[Tensor, Tensor]:
     """(out [T,H], router logits [T,E]) of (x [T,H], gate, gate_up_proj, down_proj), differentiable in all four.
 
-    For `fuse_combine`. Raises as `block_forward`, and RuntimeError for forward-mode differentiation, which it lacks.
+    For `fuse_combine`. Under autocast it computes in the tensors' own dtype, too: the block has cast them.
+
+    Raises as `block_forward`, and RuntimeError for forward-mode differentiation, which it lacks.
     """
     x, gate, *weights = tensors
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != x.dtype:
+        with torch.autocast(kind, enabled=False):
+            return compute_block(tensors, norm_topk_prob, options)
     save_h = options.saved != "x" and torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     refuse_compiled_reuse(options)
     refuse_forward_mode(*tensors)
