@@ -26,7 +26,7 @@ from kernels import versions
 
 from moefactory import MoeConfig, Qwen3MoeFusedGroupedGEMMBlock
 from moefactory.config import model_preset
-from moefactory.measure import PRODUCTS, Step, chosen, dense_ms, time_calls, turns
+from moefactory.measure import PRODUCTS, Step, captured, chosen, dense_ms, time_calls, turns
 from moefactory.triton.ops import compute_experts
 from moefactory.triton.plan import make_plan
 
@@ -96,13 +96,8 @@ def decode(block, name: str, tokens: int) -> dict:
             _read[(programs,)](weight, sums, weight.numel(), BLOCK=2048, UNROLL=4, num_warps=8)
         return sums
 
-    graph = torch.cuda.CUDAGraph()
-    read()
-    torch.cuda.synchronize()
-    with torch.cuda.graph(graph):
-        read()
     row = {"model": name, "tokens": tokens, "experts": experts, "graph_us": graph_microseconds(block, tokens)}
-    row["read_us"] = milliseconds(graph.replay) * 1e3
+    row["read_us"] = milliseconds(captured(read, DEVICE)) * 1e3
     print(
         f"{name:16s} {tokens:6d} graph {row['graph_us']:.1f} us, {experts} experts read {row['read_us']:.1f}",
         flush=True,

@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from kernels import problem, versions
@@ -60,32 +61,34 @@ def cases() -> dict[str, Callable[[], object]]:
 
 
 def launch_each() -> None:
-    calls = list(cases().values())
+    calls = cases()
+    print(json.dumps(list(calls)), flush=True)
     for start in (lambda: None, torch.cuda.cudart().cudaProfilerStart):  # compiled before ncu looks
         torch.cuda.synchronize()
         start()
-        for call in calls:
+        for call in calls.values():
             call()
     torch.cuda.synchronize()
     torch.cuda.cudart().cudaProfilerStop()
 
 
-def counted(text: str) -> list[dict[str, float]]:
-    """The kernels of ncu's output, in order: METRICS by our names."""
+def counted(text: str) -> list[dict[str, Any]]:
+    """The kernels of ncu's output by name, in order: METRICS by our names."""
+    names = json.loads(next(line for line in text.splitlines() if line.startswith("[")))
     found: dict[int, dict[str, float]] = {}
     for row in csv.DictReader(line for line in text.splitlines() if line.startswith('"')):
         if row["Metric Name"] in METRICS:
             name, factor = METRICS[row["Metric Name"]]
             value = round(float(row["Metric Value"].replace(",", "")) * factor, 6)
             found.setdefault(int(row["ID"]), {})[name] = value
-    return [found[number] for number in sorted(found)]
+    return [{"kernel": name, **found[number]} for name, number in zip(names, sorted(found), strict=True)]
 
 
 def main() -> None:
     command = [*NCU, ",".join(METRICS), sys.executable, __file__]
     environment = {**os.environ, "MOEFACTORY_COUNTED": "1"}
     text = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
-    rows = [{"kernel": name, **counts} for name, counts in zip(cases(), counted(text), strict=True)]
+    rows = counted(text)
     for row in rows:
         print(row, flush=True)
     with open(sys.argv[1], "w") as out:

@@ -85,8 +85,8 @@ def main() -> None:
         logits = torch.randn(tokens, EXPERTS, device="cuda", dtype=torch.bfloat16)
         route_few_tokens(logits, TOP_K, True, TILES["block_m"])
         count += 1
+    new = lambda *s: torch.randn(*s, device="cuda", dtype=torch.bfloat16)  # noqa: E731
     for tokens in (1, 4) if "plain" in parts else ():
-        new = lambda *s: torch.randn(*s, device="cuda", dtype=torch.bfloat16)  # noqa: E731
         weights = new(EXPERTS, HIDDEN), new(EXPERTS, 2 * WIDTH, HIDDEN), new(EXPERTS, HIDDEN, WIDTH)
         decode_tokens(new(tokens, HIDDEN), *weights, TOP_K, True)
         count += 1

@@ -2,8 +2,9 @@
 
     hidden_states [B,S,H] -> router -> RoutingPlan -> experts (up GEMM, activation, down GEMM, combine) -> [B,S,H]
 
-Both blocks hold the same parameters and route with the same code; they differ in the function that computes the
-experts, which the constructor binds. What the numbers must be is `moefactory.reference`.
+Both blocks hold the same parameters and route alike; they differ in the function that computes the experts. The fused
+block has one operator for all of it (`_at_once`), and the steps one by one where they are traced or left to torch. What
+the numbers must be is `moefactory.reference`.
 """
 
 from __future__ import annotations

@@ -124,6 +124,20 @@ def in_turns(
     return Times(*quantiles), None if None in beside else statistics.median(beside)
 
 
+def captured(run: Run, device: torch.device) -> Run:
+    """The replay of a CUDA graph of `run`."""
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream(device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
 class Step:
     """Forward, and forward with backward, of any block: ours, or Hugging Face's of either version.
 
@@ -169,16 +183,7 @@ class Step:
 
     def graph(self) -> Run:
         """The replay of a forward that a CUDA graph holds."""
-        side = torch.cuda.Stream(self.x.device)
-        side.wait_stream(torch.cuda.current_stream(self.x.device))
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                self.forward()
-        torch.cuda.current_stream(self.x.device).wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.forward()
-        return graph.replay
+        return captured(self.forward, self.x.device)
 
 
 def steered_gate(gate: Tensor, seed: int) -> Tensor:

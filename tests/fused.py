@@ -21,9 +21,10 @@ from typing import Any
 import judge
 import torch
 from interpreter import nan_filled_empty
-from judge import Tensors, complaints, hf_block, naive_experts, unit_weights
+from judge import WEIGHTS, Tensors, complaints, hf_block, naive_experts, unit_weights
 from torch import Tensor
 
+from moefactory.block import Qwen3MoeFusedGroupedGEMMBlock
 from moefactory.config import (
     GEMMS,
     PASSES,
@@ -326,6 +327,12 @@ def differing(left: Tensors, right: Tensors) -> list[str]:
     """Names of tensors that differ in a bit, or are in one dict only."""
     same = {n for n in left.keys() & right.keys() if torch.equal(left[n], right[n])}
     return sorted((left.keys() | right.keys()) - same)
+
+
+def fused_block(model: ResolvedModel, dtype: torch.dtype, seed: int = 0, **more: Any) -> Qwen3MoeFusedGroupedGEMMBlock:
+    """A block of `unit_weights` on the device under test."""
+    weights = unit_weights(model, dtype, seed=seed)
+    return Qwen3MoeFusedGroupedGEMMBlock(model, *(weights[name].to(DEVICE) for name in WEIGHTS), **more)
 
 
 # --- which kernels run ------------------------------------------------------------------------------------------------

@@ -334,8 +334,7 @@ def test_repeated(flags: dict[str, bool]) -> None:
 def fused_block(
     model: ResolvedModel = TINY, dtype: torch.dtype = torch.float32, seed: int = 0, **more: Any
 ) -> Qwen3MoeFusedGroupedGEMMBlock:
-    weights = judge.unit_weights(model, dtype, seed=seed)
-    return Qwen3MoeFusedGroupedGEMMBlock(model, *(weights[name].to(DEVICE) for name in WEIGHTS), **more)
+    return fused.fused_block(model, dtype, seed, **more)
 
 
 def block_data(tokens: int, model: ResolvedModel = TINY, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:

@@ -16,10 +16,10 @@ import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
 from fused import DEVICE, GPU, dtype_id
-from judge import WEIGHTS, Tensors
+from judge import WEIGHTS, Tensors, unit_weights
 from torch import Tensor
 
-from moefactory.block import Qwen3MoeFusedGroupedGEMMBlock, Qwen3MoeGroupedGEMMBlock
+from moefactory.block import Qwen3MoeFusedGroupedGEMMBlock
 from moefactory.config import ResolvedModel
 from moefactory.triton import decode
 from moefactory.triton.launch import record_launches
@@ -48,18 +48,8 @@ def _surroundings() -> Iterator[None]:
         yield
 
 
-def weights_of(model: ResolvedModel, dtype: torch.dtype) -> Tensors:
-    return judge.unit_weights(model, dtype)
-
-
 def make_block(model: ResolvedModel = MODEL, dtype: torch.dtype = torch.float32, **more: Any) -> Any:
-    weights = weights_of(model, dtype)
-    return Qwen3MoeFusedGroupedGEMMBlock(model, *(weights[name].to(DEVICE) for name in WEIGHTS), **more)
-
-
-def torch_block(model: ResolvedModel, dtype: torch.dtype) -> Any:
-    weights = weights_of(model, dtype)
-    return Qwen3MoeGroupedGEMMBlock(model, *(weights[name] for name in WEIGHTS), trace=False)
+    return fused.fused_block(model, dtype, **more)
 
 
 @torch.no_grad()
@@ -86,9 +76,9 @@ def test_against_float64(name: str, tokens: int, dtype: torch.dtype, monkeypatch
     x, dy = judge.data(tokens, model, dtype)
     got, names = forward(make_block(model, dtype), x)
     assert names == NAMES
-    selected = judge.held_routing(model, weights_of(model, dtype), x)
-    exact = judge.oracle(model, weights_of(model, dtype), x, dy, selected)
-    eager, _ = forward(torch_block(model, dtype), x)
+    selected = judge.held_routing(model, unit_weights(model, dtype), x)
+    exact = judge.oracle(model, unit_weights(model, dtype), x, dy, selected)
+    eager, _ = forward(judge.make_block(model, dtype, trace=False), x)
     assert judge.complaints(got, eager, {key: exact[key] for key in got}, dtype) == []
 
 
@@ -185,11 +175,19 @@ def test_a_bad_token_stays_with_itself(bad: float) -> None:
     assert torch.equal(got["hidden_states"][0, 1], alone["hidden_states"][0, 0])
 
 
+def test_bad_logits_give_no_number() -> None:
+    """One NaN in the gate is one in every softmax: the routing weights are NaN, as the router's are, whatever x is."""
+    block, (x, _) = make_block(), judge.data(2, MODEL, torch.float32)
+    with torch.no_grad():
+        block.gate[5, 0] = float("nan")
+    assert forward(block, x)[0]["hidden_states"].isnan().all()
+
+
 def test_bad_weights_of_others_do_not_count() -> None:
     """An expert that nobody chose may hold NaN."""
     block, (x, _) = make_block(), judge.data(1, MODEL, torch.float32)
     clean, _ = forward(block, x)
-    (selected,) = judge.held_routing(MODEL, weights_of(MODEL, torch.float32), x).tolist()
+    (selected,) = judge.held_routing(MODEL, unit_weights(MODEL, torch.float32), x).tolist()
     (other, *_) = sorted(set(range(MODEL.num_experts)) - set(selected))
     with torch.no_grad():
         block.gate_up_proj[other], block.down_proj[other] = float("nan"), float("nan")
@@ -343,7 +341,7 @@ def test_under_autocast() -> None:
 
 
 def operands(tokens: int = 1, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    weights = weights_of(MODEL, dtype)
+    weights = unit_weights(MODEL, dtype)
     x = judge.data(tokens, MODEL, dtype)[0].view(tokens, -1)
     return [x.to(DEVICE), *(weights[name].to(DEVICE) for name in WEIGHTS)]
 

@@ -47,8 +47,7 @@ def separately() -> Iterator[None]:
 def make_block(
     model: ResolvedModel = MODEL, dtype: torch.dtype = torch.float32, **more: Any
 ) -> Qwen3MoeFusedGroupedGEMMBlock:
-    weights = judge.unit_weights(model, dtype)
-    return Qwen3MoeFusedGroupedGEMMBlock(model, *(weights[name].to(DEVICE) for name in WEIGHTS), **more)
+    return fused.fused_block(model, dtype, **more)
 
 
 def data(tokens: int, model: ResolvedModel = MODEL, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:

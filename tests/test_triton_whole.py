@@ -38,8 +38,7 @@ def _surroundings() -> Iterator[None]:
 
 
 def make_block(model: ResolvedModel = MODEL, dtype: torch.dtype = WIDE, **more: Any) -> Any:
-    weights = judge.unit_weights(model, dtype)
-    return Qwen3MoeFusedGroupedGEMMBlock(model, *(weights[name].to(DEVICE) for name in WEIGHTS), **more)
+    return fused.fused_block(model, dtype, **more)
 
 
 def operands(tokens: int, model: ResolvedModel = MODEL, dtype: torch.dtype = WIDE) -> dict[str, Tensor]:

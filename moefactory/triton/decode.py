@@ -38,10 +38,12 @@ from torch import Tensor
 
 from ..machine import interpreting
 from .activation import swiglu
-from .launch import accumulator, launch, num_programs, on_device, power_of_2
-from .library import call, define, differentiate, refuse_forward_mode
+from .choice import _capability
+from .launch import launch, num_programs, on_device, power_of_2
+from .library import call, define, differentiate, refuse_forward_mode, within
 from .ops import check_weights
 from .options import FusedOptions
+from .router import probabilities
 
 MAX_TOKENS = 4  # beyond, tokens share experts, whose weights the ordinary kernels read once
 MAX_TOKENS_WIDE = 2  # where a row of x is more than PIECE, as in the 235B model, which gains nothing from then on
@@ -61,7 +63,6 @@ def _gate(
     E: tl.constexpr,
     H: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    ACC: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     if DEPENDENT:
@@ -70,11 +71,11 @@ def _gate(
     token = tl.program_id(1).to(tl.int64)
     if (expert == 0) & (token == 0):
         tl.store(arrived_ptr, 0)
-    products = tl.zeros((BLOCK_K,), ACC)
+    products = tl.zeros((BLOCK_K,), tl.float32)
     for first in tl.static_range(0, H, BLOCK_K):
         offs_k = first + tl.arange(0, BLOCK_K)
-        w = tl.load(gate_ptr + expert * H + offs_k, mask=offs_k < H, other=0.0).to(ACC)
-        x = tl.load(x_ptr + token * H + offs_k, mask=offs_k < H, other=0.0).to(ACC)
+        w = tl.load(gate_ptr + expert * H + offs_k, mask=offs_k < H, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + token * H + offs_k, mask=offs_k < H, other=0.0).to(tl.float32)
         products += w * x
     tl.store(logits_ptr + token * E + expert, tl.sum(products, axis=0).to(logits_ptr.dtype.element_ty))
 
@@ -94,19 +95,12 @@ def _choose(
     offs_t = tl.arange(0, TOKENS)
     offs_e = tl.arange(0, EXPERTS)
     offs_s = tl.arange(0, SLOTS)
-    inside = (offs_e < E)[None, :]
-    ptrs = logits_ptr + offs_t.to(tl.int64)[:, None] * E + offs_e[None, :]
-    # rows past the end are rows of zeros; nothing is made of what they choose
-    logits = tl.load(ptrs, mask=(offs_t < T)[:, None] & inside, other=0.0).to(tl.float32)
-    logits = tl.where(inside, logits, float("-inf"))
-    shifted = tl.exp(logits - tl.max(logits, axis=1)[:, None])
-    total = tl.sum(shifted, axis=1)[:, None]
-    broken = total != total  # noqa: PLR0124 - a row of NaN selects the first experts; its weights are NaN
-    p = shifted / total
+    p, total = probabilities(logits_ptr, offs_t, offs_e, T, E, tl.float32)  # rows past the end: nothing is made of them
+    broken = (total != total)[:, None]  # noqa: PLR0124 - a row of NaN selects the first experts; its weights are NaN
     # floats of 0 and more are ordered as their bits; below them a number that falls with the expert's
     bits = tl.where(broken, (EXPERTS - offs_e)[None, :], p.to(tl.int32, bitcast=True))
     key = (bits.to(tl.int64) << 32) | (EXPERTS - 1 - offs_e)[None, :].to(tl.int64)
-    key = tl.where(inside, key, -1)
+    key = tl.where((offs_e < E)[None, :], key, -1)
     experts = tl.zeros((TOKENS, SLOTS), tl.int32)
     weights = tl.zeros((TOKENS, SLOTS), tl.float32)
     for k in tl.static_range(TOP_K):
@@ -271,12 +265,8 @@ def suits(x: Tensor, num_experts: int, top_k: int, options: FusedOptions) -> boo
     fused = options.permute_x and options.permute_y and options.fuse_swiglu and options.fuse_combine
     if not fused or options.kernels or top_k > MAX_TOP_K or num_experts > MAX_EXPERTS or x.itemsize > 4:
         return False
-    tokens, most = x.shape[0], MAX_TOKENS if x.shape[1] * x.itemsize <= PIECE else MAX_TOKENS_WIDE
-    if torch.compiler.is_compiling():
-        from torch.fx.experimental.symbolic_shapes import statically_known_true  # imports sympy
-
-        return bool(statically_known_true(tokens > 0) and statically_known_true(tokens <= most))
-    return 0 < tokens <= most and not torch._C._is_tracing()
+    most = MAX_TOKENS if x.shape[1] * x.itemsize <= PIECE else MAX_TOKENS_WIDE
+    return within(x.shape[0], most) and (torch.compiler.is_compiling() or not torch._C._is_tracing())
 
 
 def _fake(
@@ -312,17 +302,13 @@ def decode_tokens(
     x, gate = x.contiguous(), gate.contiguous()
     with on_device(x.device):
         sizes = (tokens, experts, *down_proj.shape[1:], top_k, norm_topk_prob)
-        first, second = _constants(sizes, x.dtype, _dependent(x.device))
+        # from Hopper on a kernel may be put in place before the one in front of it has ended
+        first, second = _constants(sizes, x.dtype, _capability(x.device) >= 90)
         launch("decode_gate", _gate, (experts, tokens), x, gate, logits, arrived, **first)
         grid, args = (num_programs(x.device, PROGRAMS),), (x, logits, gate_up_proj, down_proj, a, out, arrived)
         for parts in (UP, DOWN) if interpreting() else (BOTH,):
             launch("decode_experts", _experts, grid, *args, PARTS=parts.value, **second)
     return out, logits
-
-
-def _dependent(device: torch.device) -> bool:
-    """Whether a kernel may be put in place before the one in front of it has ended."""
-    return device.type == "cuda" and not interpreting() and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @lru_cache(maxsize=1024)
@@ -331,7 +317,7 @@ def _constants(sizes: tuple[int, ...], dtype: torch.dtype, dependent: bool) -> t
     tokens, experts, hidden, width, top_k, norm = sizes
     block_k, slots = min(power_of_2(hidden), PIECE // dtype.itemsize), power_of_2(top_k)
     shared = {"E": experts, "H": hidden}
-    gate = {**shared, "BLOCK_K": block_k, "ACC": accumulator(dtype), "DEPENDENT": dependent}
+    gate = {**shared, "BLOCK_K": block_k, "DEPENDENT": dependent}
     # 8 KB in each of the tiles that a program holds: a unit's rows while it asks for the next one's
     tiles = {"BLOCK_N": 2, "BLOCK_K": block_k, "BLOCK_H": max(1, 64 // dtype.itemsize // slots)}
     more = {"TOKENS": power_of_2(tokens), "EXPERTS": power_of_2(experts), "SLOTS": slots, "DEPENDENT": dependent}

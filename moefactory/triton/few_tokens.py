@@ -28,8 +28,8 @@ from torch import Tensor
 
 from ..routing import RoutingPlan
 from .launch import accumulator, launch, on_device, power_of_2
-from .library import call, define, refuse_forward_mode
-from .router import differentiate_router
+from .library import call, define, refuse_forward_mode, within
+from .router import differentiate_router, probabilities
 
 MIN_TOKENS, MAX_TOKENS = 8, 64  # the router's rows a program; the bits of a word, and at two a warp all the warps
 MAX_EXPERTS = 128  # with more than MIN_TOKENS: beyond, warps share a row, and more of them add in another order
@@ -95,14 +95,8 @@ def _route_few_tokens(
     offs_e = tl.arange(0, EXPERTS)
     offs_s = tl.arange(0, SLOTS)
     row_mask = (offs_t < T)[:, None]
-    inside = (offs_e < E)[None, :]
-    ptrs = logits_ptr + offs_t.to(tl.int64)[:, None] * E + offs_e[None, :]
-    # rows past the end are rows of zeros; what they choose is masked out
-    logits = tl.where(inside, tl.load(ptrs, mask=row_mask & inside, other=0.0).to(ACC), float("-inf"))
-    shifted = tl.exp(logits - tl.max(logits, axis=1)[:, None])
-    total = tl.sum(shifted, axis=1)
+    p, total = probabilities(logits_ptr, offs_t, offs_e, T, E, ACC)  # of rows past the end: what they choose is masked
     broken = (total != total)[:, None]  # noqa: PLR0124 - NaN; without, a sum of 1 or more that gives no NaN either
-    p = shifted / total[:, None]  # [TOKENS, EXPERTS]
 
     # Floats of 0 and more are ordered as their bits. A row of NaN selects the first experts: its keys go down. Columns
     # past the last expert lose to every expert: no key is less than theirs, no number higher.
@@ -156,11 +150,7 @@ def _route_few_tokens(
 def few(tokens: int, num_experts: int) -> bool:
     """Whether `route_few_tokens` takes this many. Where a graph is for any number of tokens, they are not few."""
     most = MAX_TOKENS if num_experts <= MAX_EXPERTS else MIN_TOKENS if num_experts <= MAX_ROW else 0
-    if torch.compiler.is_compiling():
-        from torch.fx.experimental.symbolic_shapes import statically_known_true  # imports sympy
-
-        return bool(statically_known_true(tokens > 0) and statically_known_true(tokens <= most))
-    return 0 < tokens <= most
+    return within(tokens, most)
 
 
 def _padded(tokens: int) -> int:

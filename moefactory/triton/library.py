@@ -68,6 +68,15 @@ def traced(tensor: torch.Tensor) -> bool:
     return torch.compiler.is_compiling() or _observed() or type(tensor) not in _PLAIN
 
 
+def within(number: int, most: int) -> bool:
+    """Whether a number is 1 to `most`. Where a graph is for any number, it is not."""
+    if torch.compiler.is_compiling():
+        from torch.fx.experimental.symbolic_shapes import statically_known_true  # imports sympy
+
+        return bool(statically_known_true(number > 0) and statically_known_true(number <= most))
+    return 0 < number <= most
+
+
 def _observed() -> bool:
     return (
         torch._C._len_torch_dispatch_stack() > 0

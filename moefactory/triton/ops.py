@@ -103,6 +103,14 @@ def experts_forward(
     return out, empty_like_none(h, x), empty_like_none(a, x), empty_like_none(y, x)
 
 
+def empty_gradients(
+    of: tuple[Tensor, Tensor, Tensor, Tensor], needs: list[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What stands for the gradients of four tensors in a fake: like each, and empty where it is not needed."""
+    a, b, c, d = (t.new_empty(t.shape if need else 0) for t, need in zip(of, needs, strict=True))
+    return a, b, c, d
+
+
 def _backward_fake(
     dout: Tensor,
     x: Tensor,
@@ -120,9 +128,7 @@ def _backward_fake(
     options: str,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    like = (x, routing_weights, gate_up_proj, down_proj)
-    grads = [t.new_empty(t.shape if need else 0) for t, need in zip(like, needs, strict=True)]
-    return grads[0], grads[1], grads[2], grads[3]
+    return empty_gradients((x, routing_weights, gate_up_proj, down_proj), needs)
 
 
 @define(

@@ -27,14 +27,15 @@ BLOCK_T = 8
 
 
 @triton.jit
-def _probabilities(logits_ptr, offs_t, offs_e, mask, E, ACC: tl.constexpr):
-    """softmax of the rows `offs_t`: [BLOCK_T, EXPERTS], zero past the last expert."""
+def probabilities(logits_ptr, offs_t, offs_e, T, E, ACC: tl.constexpr):
+    """(softmax of the rows `offs_t` [., EXPERTS], zero past the last expert; what it was divided by [.])."""
     ptrs = logits_ptr + offs_t.to(tl.int64)[:, None] * E + offs_e[None, :]
+    inside = (offs_e < E)[None, :]
     # rows past the end read zeros, not -inf, whose softmax would be NaN
-    logits = tl.where((offs_e < E)[None, :], tl.load(ptrs, mask=mask, other=0.0).to(ACC), float("-inf"))
-    top = tl.max(logits, axis=1)
-    shifted = tl.exp(logits - top[:, None])
-    return shifted / tl.sum(shifted, axis=1)[:, None]
+    logits = tl.where(inside, tl.load(ptrs, mask=(offs_t < T)[:, None] & inside, other=0.0).to(ACC), float("-inf"))
+    shifted = tl.exp(logits - tl.max(logits, axis=1)[:, None])
+    total = tl.sum(shifted, axis=1)
+    return shifted / total[:, None], total
 
 
 @triton.jit
@@ -56,7 +57,7 @@ def _route_forward(
     offs_e = tl.arange(0, EXPERTS)
     offs_s = tl.arange(0, SLOTS)
     row_mask = offs_t < T
-    p = _probabilities(logits_ptr, offs_t, offs_e, row_mask[:, None] & (offs_e < E)[None, :], E, ACC)
+    p, _ = probabilities(logits_ptr, offs_t, offs_e, T, E, ACC)
     left = tl.where((offs_e < E)[None, :], p, -1.0)  # what is still to be chosen from
     total = tl.sum(p, axis=1)
     broken = total != total  # noqa: PLR0124 - a row of NaN selects the first experts: ids stay distinct and in range, weights are NaN
@@ -125,7 +126,7 @@ def _route_backward(
             inner += tl.sum(tl.where(here, w, 0.0), axis=1)[:, None] * (dw - dw_k)
         dlogits = w * inner
     else:
-        p = _probabilities(saved_ptr, offs_t, offs_e, mask, E, ACC)
+        p, _ = probabilities(saved_ptr, offs_t, offs_e, T, E, ACC)
         dlogits = p * (dw - tl.sum(dw * p, axis=1)[:, None])
     out = dlogits_ptr + offs_t.to(tl.int64)[:, None] * E + offs_e[None, :]
     tl.store(out, dlogits.to(dlogits_ptr.dtype.element_ty), mask=mask)

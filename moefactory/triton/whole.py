@@ -29,7 +29,7 @@ from . import few_tokens
 from .few_tokens import route_few_tokens
 from .launch import aligned, on_device
 from .library import call, define, differentiate, no_second_derivative, plain, refuse_forward_mode
-from .ops import check_weights, refuse_compiled_reuse, spend
+from .ops import check_weights, empty_gradients, refuse_compiled_reuse, spend
 from .options import FusedOptions, parse
 from .pipeline import Pipeline, config_of, empty_like_none
 from .plan import plan_tensors
@@ -126,26 +126,10 @@ def block_forward(
 
 
 def _backward_fake(
-    dout: Tensor,
-    x: Tensor,
-    gate: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-    routed: Tensor,
-    h: Tensor,
-    routing_weights: Tensor,
-    selected_experts: Tensor,
-    offsets: Tensor,
-    gather: Tensor,
-    scatter: Tensor,
-    dlogits: Tensor | None,
-    norm_topk_prob: bool,
-    options: str,
-    needs: list[bool],
+    dout: Tensor, x: Tensor, gate: Tensor, gate_up_proj: Tensor, down_proj: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    like = (x, gate, gate_up_proj, down_proj)
-    grads = [t.new_empty(t.shape if need else 0) for t, need in zip(like, needs, strict=True)]
-    return grads[0], grads[1], grads[2], grads[3]
+    *_, needs = rest
+    return empty_gradients((x, gate, gate_up_proj, down_proj), needs)
 
 
 @define(
