@@ -208,9 +208,10 @@ def _alignment(case: Case) -> str | None:
 
 
 def shared_memory(pass_name: str, config: KernelConfig, dtype: DType) -> int:
-    """Bytes of shared memory that a program's buffers take: stages times both tiles, and half a result's, staged apart.
+    """Bytes of shared memory that a program's buffers take: stages times both tiles.
 
-    The last in the warp-specialised kernels only.
+    In the warp-specialised kernels half a result's as well, which is staged apart, or a quarter's and one more stage of
+    rows, which in their tiles is as much.
     """
     m, n, k = config.block_m, config.block_n, config.block_k
     elements = {"fwd": m * k + n * k, "bwd_dX": m * n + n * k, "bwd_dW": m * n + m * k}[pass_name]

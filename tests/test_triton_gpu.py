@@ -263,23 +263,26 @@ def test_specialized_in_few_programs(flags: dict[str, bool], monkeypatch: pytest
 @on_hopper
 @pytest.mark.parametrize("programs", [1, 3, 132])
 @pytest.mark.parametrize("shape", SPECIALIZED_SHAPES, ids=str)
-def test_the_counter_of_tiles_is_set_back(shape: Shape, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a kernel whose programs claimed its tiles their counter is 0 for the next one: with fewer tiles than
-    programs, as many, or many each; ten times over the same table, each time the bits of the first."""
+def test_tiles_are_claimed_or_go_round(shape: Shape, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The dSwiGLU kernel's programs claim their tiles (small weights) or go round in turn (large): the same bits, with
+    fewer tiles than programs, as many, or many each. The counter is 0 after each, ten times over the same table."""
     p = fused.problem(shape, torch.bfloat16).to("cuda")
     plan = p.plan
     table = tile_table(plan.group_offsets, plan.gather_indices.shape[0], 128)
-    monkeypatch.setattr(specialized_rows, "num_programs", lambda device: programs)
-    config = specialized_kernels()[0][2]
+    monkeypatch.setattr(specialized_dswiglu, "num_programs", lambda device: programs)
+    config = specialized_kernels()[3][2]
     on_tiles = Rows(plan.group_offsets, plan.gather_indices, shape.top_k, table)
+    h = torch.randn(plan.gather_indices.shape[0], 2 * shape.intermediate, dtype=torch.bfloat16, device="cuda")
 
-    def forward() -> Tensor:
-        return forward_gemm(p.x, p.gate_up_proj, on_tiles, config, permute_x=True, swiglu=True)[0]
+    def backward() -> tuple[Tensor, ...]:
+        weights = p.routing_weights.reshape(-1)
+        return dX_gemm_dswiglu(p.dy, p.down_proj, h, weights, on_tiles, config, dy_divisor=shape.top_k)
 
-    first, tiles = forward(), table.num_tiles.tolist()
+    first, tiles = backward(), table.num_tiles.tolist()
     assert tiles[1] == 0
-    for _ in range(10):
-        assert torch.equal(forward(), first)
+    for claimed in [0] + 10 * [specialized_dswiglu.MAX_CLAIMED]:
+        monkeypatch.setattr(specialized_dswiglu, "MAX_CLAIMED", claimed)
+        assert all(torch.equal(again, once) for again, once in zip(backward(), first, strict=True))
         assert table.num_tiles.tolist() == tiles
 
 

@@ -50,13 +50,17 @@ def code(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
 def test_multiplies_on_hoppers_tensor_cores(variant: str, code: dict[str, dict[str, Any]]) -> None:
     """wgmma alone, mma.sync is the older generation's. Four make a step of 64 in the reduction, eight where it is wide.
 
-    A step stands once for each loop, and once for each product under which the tile before is stored; two consumers.
+    A step stands once for each loop, and once for each product under which the tile before is stored (dW: every other
+    of three; parts of H and A, six; of A, two; of y, four, every other of seven where the reduction is so long); two
+    consumers.
     """
     one = VARIANTS[variant]
     if one.kernel == "dX_dswiglu":
         steps, each = 2, 8  # 16 warps leave 128 registers each: two products of 128 columns in place of one of 256
     else:
-        steps, each = 1 + (7 if "store_h" in one.flags else 3), 4
+        of_y = 7 if sm90.SIZES[one.sizes][0] >= 7 * 64 else 4
+        under = {"forward_up": 6 if "store_h" in one.flags else 2, "forward": of_y, "dX": of_y}.get(one.kernel, 3)
+        steps, each = 1 + under, 4
     assert (code[variant]["wgmma"], code[variant]["mma"]) == (2 * steps * each, 0)
 
 
@@ -74,16 +78,17 @@ def test_fits_a_multiprocessor(variant: str, code: dict[str, dict[str, Any]]) ->
 def test_moves_what_it_can_by_tma(variant: str, code: dict[str, dict[str, Any]]) -> None:
     """A gathered operand comes in copies of 16 bytes, the widest there are; every other, and each result, by TMA.
 
-    Two halves of a result: of H and of A, or of y, by each of two consumers, and for rows once more in the code of a
-    tile of which one has none. The dSwiGLU epilogue alone loads and stores past shared memory. The loads of a row
-    tile stand four times, since what is asked for of the next one stands between them; a compiler may add copies.
+    Two halves of dW, four parts of y, six of H and A, two of A, by each of two consumers, and for rows once more in the
+    code of the turn after the last tile. The dSwiGLU epilogue alone loads and stores past shared memory. The loads of a
+    row tile stand thrice or more, since between them the next one is asked for; a compiler may add copies.
     """
     one, found = VARIANTS[variant], code[variant]
     assert set(found["gather widths"]) == ({16} if one.gathered else set())
     is_dw = one.kernel.startswith("dW")
-    assert found["tma loads"] >= (1 if one.gathered else 2) * (1 if is_dw else 4)
+    assert found["tma loads"] >= (1 if one.gathered else 2) * (1 if is_dw else 3)
     direct = one.kernel == "dX_dswiglu" or {"permute_y", "scatter"} & set(one.flags)
-    assert found["tma stores"] == (0 if direct else (4 if "store_h" in one.flags else 2) * (2 if is_dw else 4))
+    parts = 2 if is_dw else {"forward_up": 6 if "store_h" in one.flags else 2}.get(one.kernel, 4)
+    assert found["tma stores"] == (0 if direct else parts * (2 if is_dw else 4))
 
 
 @by_variant
@@ -91,16 +96,17 @@ def test_every_tile_has_its_own_bounds(variant: str, code: dict[str, dict[str, A
     """Triton 3.6 and 3.7 take a carried value whose only use is an inner loop's bound for invariant: then every tile
     would sum from the first tile's row on.
 
-    Loops inside the loop over tiles: a row kernel's consumers multiply in one and pass a half without rows by in
-    another, those of the dSwiGLU kernel hand over between two; its epilogue has one; a row tile is loaded in four.
+    Loops inside the loop over tiles: a consumer multiplies in one, that of the dSwiGLU kernel hands over between two;
+    its epilogue has one; a row tile is loaded in three, in four where the next one is claimed.
     """
     consumers, producer = ["default", "partition0"], ["partition1"]
     if VARIANTS[variant].kernel.startswith("dW"):
         partitions = consumers + producer
+    elif VARIANTS[variant].kernel == "dX_dswiglu":
+        loads = 3 if "in_turn" in VARIANTS[variant].flags else 4
+        partitions = [*sorted(2 * consumers), *(loads * producer), "partition2"]
     else:
-        partitions = sorted(2 * consumers) + 4 * producer
-    if VARIANTS[variant].kernel == "dX_dswiglu":
-        partitions.append("partition2")
+        partitions = consumers + 3 * producer
     assert code[variant]["nested loops"] == [[name, []] for name in partitions]
 
 

@@ -7,7 +7,7 @@
     num_tiles        [2]   int32      how many tiles there are (the rest of the arrays is not written); 0, the counter
                                       of tiles that programs claim, which a kernel sets back (`specialized.claimed`)
 
-Kernels that share a table therefore run one after the other, as on one stream; two at a time would claim each other's.
+Kernels that claim from a table therefore run one after the other, as on one stream; two would claim each other's.
 
 `max` = T*K // BLOCK_M + min(E + 1, T*K) holds for any routing, so that nothing is read back to the host.
 """

@@ -10,8 +10,11 @@ and stores while the other multiplies. They are written in Gluon, Triton's lower
 capability 9.0. The plain kernels are their reference and give the same bits, but for the last one of what follows the
 fused dSwiGLU.
 
-Programs of the row kernels claim their tiles from a counter, since tiles differ in time, most of all where a half
-without rows is skipped. The producer claims, and tells the other partitions in `news`.
+Which tiles programs work on at a time decides what the L2 is asked for. Programs that go round in turn stay in step,
+and neighbours, who ask for the same weights at the same time, are served by one read: the L2 is what these kernels
+wait for otherwise. Where memory is slower still (dSwiGLU of small weights), tiles are claimed from a counter: programs
+then drift, but neighbours begin together, while the L2 keeps what they share. The producer knows the tiles, and tells
+the other partitions in `news`.
 
 A ragged descriptor clips at a row that is known on the device only. Its row dimension is RAGGED long, and a box is
 placed so that the expert's end lies at RAGGED: the hardware writes nothing behind it and reads zeros from there. Two
@@ -159,3 +162,12 @@ def split_columns(tile):
     ROWS: gl.constexpr = tile.shape[0]
     HALF: gl.constexpr = tile.shape[1] // 2
     return gl.split(tile.reshape([ROWS, 2, HALF]).permute((0, 2, 1)))
+
+
+@gluon.jit
+def quarters_of(tile):
+    """A tile's columns in four."""
+    left, right = split_columns(tile)
+    first, second = split_columns(left)
+    third, fourth = split_columns(right)
+    return first, second, third, fourth

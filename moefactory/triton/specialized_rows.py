@@ -4,12 +4,14 @@
     PLAIN     forward: x @ W^T; dX: dy @ W (TRANS_W)    y [T*K, width], in expert order or scattered (SCATTER)
     SWIGLU    H = x @ W^T, [gate | up] of a tile        A = silu(gate) * up [T*K, I]; with STORE_H also H [T*K, 2I]
 
-Two consumers multiply the upper and the lower 64 rows of a tile, or skip a half without rows (MAX_SKIPPED). A finished
-tile is rounded, kept in registers, and stored in parts (the halves of y; of H, then of A) under every other of the
-first products of the next one. One part at a time is staged in `out`, apart from the ring. A program's loop has a turn
-more than it has tiles, for the last tile's parts, and in its first turn the parts lie outside of the result and are
-clipped; every tile has at least LEAST products, of zeros where it has too few of its own (dropped rows, a short
+Two consumers multiply the upper and the lower 64 rows of a tile. A finished tile is rounded, kept in registers, and
+stored in parts of 64 columns (of y; of H, then of A) under the first products of the next one, or under every other
+(EVERY), which leaves the stores more time. One part at a time is staged in `out`, apart from the ring. A program's loop
+has a turn more than it has tiles, for the last tile's parts, and in its first turn the parts lie outside of the result
+and are clipped; every tile has at least LEAST products, of zeros where it has too few of its own (dropped rows, a short
 reduction).
+
+The ring has one stage more of x than of W, and rows are asked for a product earlier: a stage of x is the smaller one.
 """
 
 from __future__ import annotations
@@ -38,9 +40,9 @@ from .specialized import (
     halves,
     make_news,
     phase,
+    quarters_of,
     ragged,
     slots_of,
-    split_columns,
     tell,
     tile_of,
     told,
@@ -51,12 +53,8 @@ if TYPE_CHECKING:
     from .forward import Rows
 
 PLAIN, SWIGLU = gl.constexpr(0), gl.constexpr(1)
-GROUP_M = 4
+GROUP_M = 8  # row tiles that share W; with 4, dX of up takes 20 % longer at 235B and 4,096 tokens
 AHEAD = gl.constexpr(4)  # steps before a tile's end, and again before that
-# With up to so many weights an expert, a lower half without rows is skipped: 3 % of a forward of the 30B model. Tiles
-# then differ in time, and the L2 has dropped larger weights before the last tile that shares them asks for them: for
-# the 235B model it costs 4 %.
-MAX_SKIPPED = 2**22
 
 
 @gluon.jit
@@ -70,63 +68,89 @@ def place_of(tile, tables, num_m, num_n, num_experts, GROUP_M: gl.constexpr):
 
 
 @gluon.jit
+def _copy_w(index, step, place, desc, ring, DTYPE: gl.constexpr, WIDE_W: gl.constexpr, TRANS_W: gl.constexpr):
+    """Ask for W of a tile's product `index`, the tile's first at `step`, once its stage is free."""
+    expert, _, _, tile_n = place
+    x_stages, w_stages, full, empty = ring
+    X_STAGES: gl.constexpr = x_stages.shape[0]
+    STAGES: gl.constexpr = w_stages.shape[0]
+    BLOCK_K: gl.constexpr = x_stages.shape[2]
+    BLOCK_N: gl.constexpr = w_stages.shape[2] if TRANS_W else w_stages.shape[1]
+    OUT_N: gl.constexpr = BLOCK_N // 2 if WIDE_W else BLOCK_N
+    s = (step + index) % STAGES
+    ready = full.index((step + index) % X_STAGES)
+    w_stage = w_stages.index(s)
+    k = index * BLOCK_K
+    mbarrier.wait(empty.index(s), phase(step + index, STAGES) ^ 1)
+    mbarrier.expect(ready, BLOCK_N * BLOCK_K * 2)
+    if TRANS_W:
+        w_box = w_stage._reinterpret(DTYPE, [1, BLOCK_K, BLOCK_N], desc.layout)
+        tma.async_copy_global_to_shared(desc, [expert, k, tile_n * OUT_N], ready, w_box)
+    elif WIDE_W:
+        w_box = w_stage._reinterpret(DTYPE, [2, OUT_N, BLOCK_K], desc.layout)
+        tma.async_copy_global_to_shared(desc, [expert * 2, tile_n * OUT_N, k], ready, w_box)
+    else:
+        w_box = w_stage._reinterpret(DTYPE, [1, BLOCK_N, BLOCK_K], desc.layout)
+        tma.async_copy_global_to_shared(desc, [expert, tile_n * OUT_N, k], ready, w_box)
+
+
+@gluon.jit
+def _copy_x(index, step, rows, desc, K, ring, DIVISOR: gl.constexpr, EVEN_K: gl.constexpr, layout: gl.constexpr):
+    """Ask for the rows of product `index` of the tile that begins at `step`; their stage is free."""
+    row, pointers, row_ok = rows
+    x_stages, _, full, _ = ring
+    X_STAGES: gl.constexpr = x_stages.shape[0]
+    BLOCK_K: gl.constexpr = x_stages.shape[2]
+    ready = full.index((step + index) % X_STAGES)
+    x_stage = x_stages.index((step + index) % X_STAGES)
+    k = index * BLOCK_K
+    if DIVISOR == 0:
+        mbarrier.expect(ready, x_stages.shape[1] * BLOCK_K * 2)
+        tma.async_copy_global_to_shared(desc, [row, k], ready, x_stage)
+    else:
+        offs_k = gl.arange(0, BLOCK_K, layout=gl.SliceLayout(0, layout))
+        if EVEN_K:
+            mask = (offs_k >= 0)[None, :] & row_ok[:, None]
+        else:
+            mask = (offs_k < K - k)[None, :] & row_ok[:, None]
+        async_copy.async_copy_global_to_shared(x_stage, pointers + k, mask=mask)
+        async_copy.mbarrier_arrive(ready, increment_count=False)
+
+
+@gluon.jit
+def _rows_of(expert, row0, row_end, slot, x_ptr, num_experts, K, lane, offs_k, DIVISOR: gl.constexpr):
+    """(row for TMA, pointers to the first columns, which rows to read) of a tile; of dropped rows zeros are read."""
+    kept = expert < num_experts
+    if DIVISOR == 0:
+        return gl.where(kept, row0, RAGGED), x_ptr, kept
+    else:
+        pointers = x_ptr + (slot // DIVISOR).to(gl.int64)[:, None] * K + offs_k[None, :]
+        return row0, pointers, (row0 + lane < row_end) & kept
+
+
+@gluon.jit
 def _copy_steps(
     first,
     end,
     step,
     place,
-    slot,
+    rows,
     inputs,
-    sizes,
+    K,
     ring,
     DIVISOR: gl.constexpr,
     WIDE_W: gl.constexpr,
     TRANS_W: gl.constexpr,
     EVEN_K: gl.constexpr,
-    rows_layout: gl.constexpr,
+    layout: gl.constexpr,
 ):
-    """Fill the ring with a tile's products `first` to `end`, the tile's first at `step`."""
-    expert, row0, row_end, tile_n = place
-    num_experts, K = sizes[2], sizes[3]
+    """W of a tile's products `first` to `end`, and the rows, one product ahead where there is a stage more of them."""
     x_desc, w_desc, x_ptr = inputs
-    x_stages, w_stages, full, empty = ring
     DTYPE: gl.constexpr = x_ptr.dtype.element_ty
-    STAGES: gl.constexpr = x_stages.shape[0]
-    BLOCK_M: gl.constexpr = x_stages.shape[1]
-    BLOCK_K: gl.constexpr = x_stages.shape[2]
-    BLOCK_N: gl.constexpr = w_stages.shape[2] if TRANS_W else w_stages.shape[1]
-    OUT_N: gl.constexpr = BLOCK_N // 2 if WIDE_W else BLOCK_N
-    kept = expert < num_experts  # of dropped rows both operands are zeros
-    if DIVISOR > 0:
-        lane = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, rows_layout))
-        offs_k = gl.arange(0, BLOCK_K, layout=gl.SliceLayout(0, rows_layout))
-        x_ptrs = x_ptr + (slot // DIVISOR).to(gl.int64)[:, None] * K + offs_k[None, :]
-        row_ok = (row0 + lane < row_end) & kept
+    EXTRA: gl.constexpr = ring[0].shape[0] - ring[1].shape[0]
     for index in range(first, end):
-        k = index * BLOCK_K
-        s = (step + index) % STAGES
-        ready = full.index(s)
-        w_stage = w_stages.index(s)
-        mbarrier.wait(empty.index(s), phase(step + index, STAGES) ^ 1)
-        mbarrier.expect(ready, (BLOCK_N * BLOCK_K + (BLOCK_M * BLOCK_K if DIVISOR == 0 else 0)) * 2)
-        if TRANS_W:
-            w_box = w_stage._reinterpret(DTYPE, [1, BLOCK_K, BLOCK_N], w_desc.layout)
-            tma.async_copy_global_to_shared(w_desc, [expert, k, tile_n * OUT_N], ready, w_box)
-        elif WIDE_W:
-            w_box = w_stage._reinterpret(DTYPE, [2, OUT_N, BLOCK_K], w_desc.layout)
-            tma.async_copy_global_to_shared(w_desc, [expert * 2, tile_n * OUT_N, k], ready, w_box)
-        else:
-            w_box = w_stage._reinterpret(DTYPE, [1, BLOCK_N, BLOCK_K], w_desc.layout)
-            tma.async_copy_global_to_shared(w_desc, [expert, tile_n * OUT_N, k], ready, w_box)
-        if DIVISOR == 0:
-            tma.async_copy_global_to_shared(x_desc, [gl.where(kept, row0, RAGGED), k], ready, x_stages.index(s))
-        else:
-            if EVEN_K:
-                mask = (offs_k >= 0)[None, :] & row_ok[:, None]
-            else:
-                mask = (offs_k < K - k)[None, :] & row_ok[:, None]
-            async_copy.async_copy_global_to_shared(x_stages.index(s), x_ptrs + k, mask=mask)
-            async_copy.mbarrier_arrive(ready, increment_count=False)
+        _copy_w(index, step, place, w_desc, ring, DTYPE, WIDE_W, TRANS_W)
+        _copy_x(index + EXTRA, step, rows, x_desc, K, ring, DIVISOR, EVEN_K, layout)
 
 
 @gluon.jit
@@ -142,20 +166,25 @@ def producer(
     EVEN_K: gl.constexpr,
     LEAST: gl.constexpr,
     GROUP_M: gl.constexpr,
+    CLAIM: gl.constexpr,
     PRODUCERS: gl.constexpr,
 ):
     """Choose tiles, tell of them, and fill the ring: rows of x, by TMA or through the index, and W, with WIDE_W gate
     and up rows side by side.
 
-    A tile is claimed late, so that tiles are begun in their order: neighbours share W, which the L2 does not keep for
-    long. Claim, place and slots wait for one another; each is asked for a few steps before it is needed.
+    Tiles go round in turn, or are claimed (CLAIM), late, so that they are begun in their order. Claim, place and slots
+    wait for one another; each is asked for a few steps before it is needed.
     """
     offsets_ptr, gather_ptr, counter_ptr = tables[2], tables[3], tables[4]
     num_m, num_n, num_experts, K, _, M = sizes
+    x_desc, w_desc, x_ptr = inputs
+    DTYPE: gl.constexpr = x_ptr.dtype.element_ty
+    EXTRA: gl.constexpr = ring[0].shape[0] - ring[1].shape[0]
     BLOCK_M: gl.constexpr = ring[0].shape[1]
     BLOCK_K: gl.constexpr = ring[0].shape[2]
-    rows_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_K, BLOCK_K // 8], [PRODUCERS, 1], [1, 0])
-    lane = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, rows_layout))
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_K, BLOCK_K // 8], [PRODUCERS, 1], [1, 0])
+    lane = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, layout))
+    offs_k = gl.arange(0, BLOCK_K, layout=gl.SliceLayout(0, layout))
     thread = gl.arange(0, 32 * PRODUCERS, layout=gl.BlockedLayout([1], [32], [PRODUCERS], [0]))
     tiles = num_m * num_n
     steps = gl.maximum(gl.cdiv(K, BLOCK_K), LEAST)
@@ -165,27 +194,40 @@ def producer(
     slot = slots_of(row0 + lane, M, gather_ptr, DIVISOR)
     step = 0
     turn = 0
+    if EXTRA > 0:
+        if tile < tiles:
+            rows = _rows_of(expert, row0, row_end, slot, x_ptr, num_experts, K, lane, offs_k, DIVISOR)
+            _copy_x(0, step, rows, x_desc, K, ring, DIVISOR, EVEN_K, layout)
     while tile < tiles:
         # dropped rows take LEAST products, of zeros, so that nobody is told of more tiles than `news` hold
         count = gl.where(expert < num_experts, steps, LEAST)
         tell(news, turn, count, row0, row_end, tile_n)
         place = (expert, row0, row_end, tile_n)
+        rows = _rows_of(expert, row0, row_end, slot, x_ptr, num_experts, K, lane, offs_k, DIVISOR)
         first = gl.maximum(count - 3 * AHEAD, 0)
         second = gl.maximum(count - 2 * AHEAD, 0)
         third = gl.maximum(count - AHEAD, 0)
-        _copy_steps(0, first, step, place, slot, inputs, sizes, ring, DIVISOR, WIDE_W, TRANS_W, EVEN_K, rows_layout)
-        answer = ask(tile, tiles, counter_ptr, thread)
-        _copy_steps(
-            first, second, step, place, slot, inputs, sizes, ring, DIVISOR, WIDE_W, TRANS_W, EVEN_K, rows_layout
-        )
-        tile = claimed(answer, tile, tiles, counter_ptr, thread)
+        if CLAIM:
+            _copy_steps(0, first, step, place, rows, inputs, K, ring, DIVISOR, WIDE_W, TRANS_W, EVEN_K, layout)
+            answer = ask(tile, tiles, counter_ptr, thread)
+            _copy_steps(first, second, step, place, rows, inputs, K, ring, DIVISOR, WIDE_W, TRANS_W, EVEN_K, layout)
+            tile = claimed(answer, tile, tiles, counter_ptr, thread)
+        else:
+            _copy_steps(0, second, step, place, rows, inputs, K, ring, DIVISOR, WIDE_W, TRANS_W, EVEN_K, layout)
+            tile += gl.num_programs(0)
         next_expert, next_row0, next_n = place_of(tile, tables, num_m, num_n, num_experts, GROUP_M)
-        _copy_steps(
-            second, third, step, place, slot, inputs, sizes, ring, DIVISOR, WIDE_W, TRANS_W, EVEN_K, rows_layout
-        )
+        _copy_steps(second, third, step, place, rows, inputs, K, ring, DIVISOR, WIDE_W, TRANS_W, EVEN_K, layout)
         next_end = gl.load(offsets_ptr + next_expert + 1)
         next_slot = slots_of(next_row0 + lane, M, gather_ptr, DIVISOR)
-        _copy_steps(third, count, step, place, slot, inputs, sizes, ring, DIVISOR, WIDE_W, TRANS_W, EVEN_K, rows_layout)
+        last = count - EXTRA
+        _copy_steps(third, last, step, place, rows, inputs, K, ring, DIVISOR, WIDE_W, TRANS_W, EVEN_K, layout)
+        if EXTRA > 0:
+            _copy_w(last, step, place, w_desc, ring, DTYPE, WIDE_W, TRANS_W)
+            if tile < tiles:
+                rows = _rows_of(
+                    next_expert, next_row0, next_end, next_slot, x_ptr, num_experts, K, lane, offs_k, DIVISOR
+                )
+                _copy_x(0, step + count, rows, x_desc, K, ring, DIVISOR, EVEN_K, layout)
         expert, row0, row_end, tile_n, slot = next_expert, next_row0, next_end, next_n, next_slot
         step += count
         turn += 1
@@ -206,8 +248,7 @@ def _scatter(stage, y_ptr, slot, col0, width, layout: gl.constexpr):
 @gluon.jit
 def _store_part(
     PART: gl.constexpr,
-    left,
-    right,
+    quarters,
     place,
     slot,
     outputs,
@@ -218,39 +259,34 @@ def _store_part(
     SCATTER: gl.constexpr,
     STORE_H: gl.constexpr,
 ):
-    """One part of a finished tile, given its halves: y's halves in turn; with SWIGLU H's (STORE_H), then A's."""
+    """One part of a finished tile, given its quarters: y's in turn; with SWIGLU H's (STORE_H), then A's, two."""
     row_end, ragged_row, col0 = place
     y_desc, h_desc, y_ptr = outputs
     DTYPE: gl.constexpr = y_ptr.dtype.element_ty
     ROWS: gl.constexpr = out.shape[0]
-    HALF: gl.constexpr = out.shape[1]
+    COLS: gl.constexpr = out.shape[1]
+    OF_A: gl.constexpr = PART - 4 if STORE_H else PART
     tma.store_wait(0)  # of the part before
-    SIDE: gl.constexpr = PART - 2 if STORE_H else PART
-    if MODE == SWIGLU and SIDE >= 0:
+    if MODE == SWIGLU and OF_A >= 0:
         # H is rounded before the activation, as it is when the activation is a kernel of its own
-        gate = split_columns(left)[SIDE].to(gl.float32)
-        a = gate * (1.0 / (1.0 + gl.exp(-gate))) * split_columns(right)[SIDE].to(gl.float32)
-        quarter: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, HALF // 2], DTYPE)
-        stage = out._reinterpret(DTYPE, [2, ROWS, HALF // 2], quarter).index(SIDE)
-        stage.store(a.to(DTYPE))
+        gate = quarters[OF_A].to(gl.float32)
+        out.store((gate * (1.0 / (1.0 + gl.exp(-gate))) * quarters[2 + OF_A].to(gl.float32)).to(DTYPE))
         fence_async_shared()
-        box = stage._reinterpret(DTYPE, [1, 1, ROWS, HALF // 2], y_desc.layout)
-        tma.async_copy_shared_to_global(y_desc, [RAGGED, row_end, ragged_row, col0 + SIDE * (HALF // 2)], box)
+        box = out._reinterpret(DTYPE, [1, 1, ROWS, COLS], y_desc.layout)
+        tma.async_copy_shared_to_global(y_desc, [RAGGED, row_end, ragged_row, col0 + OF_A * COLS], box)
     else:
-        if PART == 0:
-            out.store(left)
-        else:
-            out.store(right)
+        out.store(quarters[PART])
         if SCATTER:
-            _scatter(out, y_ptr, slot, col0 + PART * HALF, width, layout)
+            _scatter(out, y_ptr, slot, col0 + PART * COLS, width, layout)
         else:
             fence_async_shared()
             if MODE == SWIGLU:
-                box = out._reinterpret(DTYPE, [1, 1, 1, ROWS, HALF], h_desc.layout)
-                tma.async_copy_shared_to_global(h_desc, [RAGGED, row_end, PART, ragged_row, col0], box)
+                box = out._reinterpret(DTYPE, [1, 1, 1, ROWS, COLS], h_desc.layout)
+                at = [RAGGED, row_end, PART // 2, ragged_row, col0 + PART % 2 * COLS]
+                tma.async_copy_shared_to_global(h_desc, at, box)
             else:
-                box = out._reinterpret(DTYPE, [1, 1, ROWS, HALF], y_desc.layout)
-                tma.async_copy_shared_to_global(y_desc, [RAGGED, row_end, ragged_row, col0 + PART * HALF], box)
+                box = out._reinterpret(DTYPE, [1, 1, ROWS, COLS], y_desc.layout)
+                tma.async_copy_shared_to_global(y_desc, [RAGGED, row_end, ragged_row, col0 + PART * COLS], box)
 
 
 @gluon.jit
@@ -263,46 +299,45 @@ def _consumer(
     SCATTER: gl.constexpr,
     STORE_H: gl.constexpr,
     LEAST: gl.constexpr,
-    SKIP: gl.constexpr,
+    EVERY: gl.constexpr,
 ):
-    """The upper (WHICH 0) or the lower half of each tile's rows; with SKIP, nothing for a half without rows."""
+    """The upper (WHICH 0) or the lower half of each tile's rows."""
     outputs, gather_ptr, width, ring, news, outs = operands
     x_stages, w_stages, full, empty = ring
     DTYPE: gl.constexpr = x_stages.dtype
-    STAGES: gl.constexpr = x_stages.shape[0]
+    X_STAGES: gl.constexpr = x_stages.shape[0]
+    STAGES: gl.constexpr = w_stages.shape[0]
     ROWS: gl.constexpr = x_stages.shape[1] // 2
     BLOCK_K: gl.constexpr = x_stages.shape[2]
     BLOCK_N: gl.constexpr = w_stages.shape[2] if TRANS_W else w_stages.shape[1]
-    HALF: gl.constexpr = BLOCK_N // 2
-    OUT_N: gl.constexpr = HALF if MODE == SWIGLU else BLOCK_N
+    QUARTER: gl.constexpr = BLOCK_N // 4
+    OUT_N: gl.constexpr = BLOCK_N // 2 if MODE == SWIGLU else BLOCK_N
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HALF, HALF // 8], [4, 1], [1, 0])
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // QUARTER, QUARTER // 8], [4, 1], [1, 0])
     x_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_K], DTYPE)
-    x_halves = x_stages._reinterpret(DTYPE, [2 * STAGES, ROWS, BLOCK_K], x_layout)
+    x_halves = x_stages._reinterpret(DTYPE, [2 * X_STAGES, ROWS, BLOCK_K], x_layout)
     out = outs.index(WHICH)
     lane = WHICH * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
-    left, right = split_columns(gl.zeros([ROWS, BLOCK_N], DTYPE, mma))
+    quarters = quarters_of(gl.zeros([ROWS, BLOCK_N], DTYPE, mma))
     place = (0, RAGGED, 0)  # past the end of the result: of the first turn nothing is stored
     slot = gl.full([ROWS], -1, gl.int32, gl.SliceLayout(1, layout))
     step = 0
     turn = 0
     steps, row0, row_end, tile_n = told(news, turn)
     while steps >= 0:
-        some = steps > 0
-        if SKIP:
-            some = some & (row0 + WHICH * ROWS < row_end)
-        if some:
+        if steps > 0:
             acc = gl.zeros([ROWS, BLOCK_N], gl.float32, mma)
             for index in gl.static_range(LEAST):
                 s = (step + index) % STAGES
-                mbarrier.wait(full.index(s), phase(step + index, STAGES))
+                x_s = (step + index) % X_STAGES
+                mbarrier.wait(full.index(x_s), phase(step + index, X_STAGES))
                 if GATHERED:
                     fence_async_shared()  # cp.async wrote through the generic proxy, the product reads another way
                 w_stage = w_stages.index(s) if TRANS_W else w_stages.index(s).permute((1, 0))
-                acc = warpgroup_mma(x_halves.index(2 * s + WHICH), w_stage, acc, use_acc=index > 0, is_async=True)
-                if index % 2 == 0:  # every other product: by then the part before has left `out`
+                acc = warpgroup_mma(x_halves.index(2 * x_s + WHICH), w_stage, acc, use_acc=index > 0, is_async=True)
+                if index % EVERY == 0:
                     _store_part(
-                        index // 2, left, right, place, slot, outputs, out, width, layout, MODE, SCATTER, STORE_H
+                        index // EVERY, quarters, place, slot, outputs, out, width, layout, MODE, SCATTER, STORE_H
                     )
                 acc = warpgroup_mma_wait(1, deps=(acc,))
                 if index > 0:
@@ -311,26 +346,20 @@ def _consumer(
                 slot = gl.load(gather_ptr + row0 + lane, mask=row0 + lane < row_end, other=-1)
             for index in range(LEAST, steps):
                 s = (step + index) % STAGES
-                mbarrier.wait(full.index(s), phase(step + index, STAGES))
+                x_s = (step + index) % X_STAGES
+                mbarrier.wait(full.index(x_s), phase(step + index, X_STAGES))
                 if GATHERED:
                     fence_async_shared()
                 w_stage = w_stages.index(s) if TRANS_W else w_stages.index(s).permute((1, 0))
-                acc = warpgroup_mma(x_halves.index(2 * s + WHICH), w_stage, acc, is_async=True)
+                acc = warpgroup_mma(x_halves.index(2 * x_s + WHICH), w_stage, acc, is_async=True)
                 acc = warpgroup_mma_wait(1, deps=(acc,))
                 mbarrier.arrive(empty.index((step + index + STAGES - 1) % STAGES), count=1)
             acc = warpgroup_mma_wait(0, deps=(acc,))
             mbarrier.arrive(empty.index((step + steps + STAGES - 1) % STAGES), count=1)
-            left, right = split_columns(acc.to(DTYPE))
+            quarters = quarters_of(acc.to(DTYPE))
         else:
-            for part in gl.static_range((LEAST + 1) // 2):
-                _store_part(part, left, right, place, slot, outputs, out, width, layout, MODE, SCATTER, STORE_H)
-            for index in range(steps):
-                s = (step + index) % STAGES
-                mbarrier.wait(full.index(s), phase(step + index, STAGES))
-                mbarrier.arrive(empty.index(s), count=1)
-            if SCATTER:
-                slot = gl.load(gather_ptr + row0 + lane, mask=row0 + lane < row_end, other=-1)
-            left, right = split_columns(gl.zeros([ROWS, BLOCK_N], DTYPE, mma))
+            for part in gl.static_range((LEAST + EVERY - 1) // EVERY):
+                _store_part(part, quarters, place, slot, outputs, out, width, layout, MODE, SCATTER, STORE_H)
         # a product, so that the compiler knows what divides the column, and moves 16 bytes at a time
         place = (row_end, RAGGED - row_end + row0 + WHICH * ROWS, tile_n * OUT_N)
         step += steps
@@ -362,7 +391,7 @@ def _specialized_rows(
     SCATTER: gl.constexpr,
     STORE_H: gl.constexpr,
     LEAST: gl.constexpr,
-    SKIP: gl.constexpr,
+    EVERY: gl.constexpr,
     EVEN_K: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
@@ -376,14 +405,13 @@ def _specialized_rows(
     DTYPE: gl.constexpr = x_ptr.dtype.element_ty
     GATHERED: gl.constexpr = DIVISOR > 0
     WIDE_W: gl.constexpr = MODE == SWIGLU
-    HALF: gl.constexpr = BLOCK_N // 2
-    ring = make_ring(DTYPE, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, TRANS_W, 1 + (32 * PRODUCERS if GATHERED else 0))
+    ring = make_ring(DTYPE, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, STAGES + 1, TRANS_W, 32 * PRODUCERS if GATHERED else 1)
     news = make_news()
-    out_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M // 2, HALF], DTYPE)
-    outs = gl.allocate_shared_memory(DTYPE, [2, BLOCK_M // 2, HALF], out_layout)
+    out_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M // 2, BLOCK_N // 4], DTYPE)
+    outs = gl.allocate_shared_memory(DTYPE, [2, BLOCK_M // 2, BLOCK_N // 4], out_layout)
     tables = (tile_expert_ptr, tile_row_ptr, expert_offsets_ptr, gather_indices_ptr, num_tiles_ptr + 1)
     # TMA needs rows of whole 16 bytes; said like this, the compiler knows it, and copies 16 bytes at a time
-    num_n = gl.cdiv(width, HALF if WIDE_W else BLOCK_N)
+    num_n = gl.cdiv(width, BLOCK_N // 2 if WIDE_W else BLOCK_N)
     sizes = (gl.load(num_tiles_ptr), num_n, num_experts, K // 8 * 8, width // 8 * 8, M)
     outputs = (y_desc, h_desc, y_ptr)
     inputs = (x_desc, w_desc, x_ptr)
@@ -392,11 +420,11 @@ def _specialized_rows(
     lower: gl.constexpr = 1
     gl.warp_specialize(
         [
-            (_consumer, (upper, operands, GATHERED, MODE, TRANS_W, SCATTER, STORE_H, LEAST, SKIP)),
-            (_consumer, (lower, operands, GATHERED, MODE, TRANS_W, SCATTER, STORE_H, LEAST, SKIP)),
+            (_consumer, (upper, operands, GATHERED, MODE, TRANS_W, SCATTER, STORE_H, LEAST, EVERY)),
+            (_consumer, (lower, operands, GATHERED, MODE, TRANS_W, SCATTER, STORE_H, LEAST, EVERY)),
             (
                 producer,
-                (inputs, tables, sizes, ring, news, DIVISOR, WIDE_W, TRANS_W, EVEN_K, LEAST, GROUP_M, PRODUCERS),
+                (inputs, tables, sizes, ring, news, DIVISOR, WIDE_W, TRANS_W, EVEN_K, LEAST, GROUP_M, False, PRODUCERS),
             ),
         ],
         [4, PRODUCERS],
@@ -411,20 +439,21 @@ def make_ring(
     BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr,
+    X_STAGES: gl.constexpr,
     TRANS_W: gl.constexpr,
     ARRIVALS: gl.constexpr,
 ):
-    """(stages of x, stages of W, their `full` and `empty` barriers), ready for use."""
+    """(stages of x, stages of W, their `full` and `empty` barriers), ready for use; `ARRIVALS` for a stage of x."""
     W_SHAPE: gl.constexpr = [BLOCK_K, BLOCK_N] if TRANS_W else [BLOCK_N, BLOCK_K]
     x_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, BLOCK_K], DTYPE)
     w_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for(W_SHAPE, DTYPE)
-    x_stages = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_M, BLOCK_K], x_layout)
+    x_stages = gl.allocate_shared_memory(DTYPE, [X_STAGES, BLOCK_M, BLOCK_K], x_layout)
     w_stages = gl.allocate_shared_memory(DTYPE, [STAGES, W_SHAPE[0], W_SHAPE[1]], w_layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    full = gl.allocate_shared_memory(gl.int64, [X_STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for s in gl.static_range(X_STAGES):
+        mbarrier.init(full.index(s), count=1 + ARRIVALS)  # for W one arrival says which bytes TMA brings
     for s in gl.static_range(STAGES):
-        # one arrival says which bytes TMA brings; with a gather every producing thread arrives for its copies, too
-        mbarrier.init(full.index(s), count=ARRIVALS)
         mbarrier.init(empty.index(s), count=2)  # both consumers
     fence_async_shared()
     return x_stages, w_stages, full, empty
@@ -444,15 +473,18 @@ def _launch(
     experts, n, k = weight.shape
     block_m, block_n, block_k = sides
     reduced, width = (n, k) if flags["TRANS_W"] else (k, n)
-    out_n, least = block_n, 3  # products, so that two parts are stored under every other one
+    out_n, parts, every = block_n, 4, 2
     if flags["TRANS_W"]:
         w_desc = descriptor(weight, [1, block_k, block_n])
     elif flags["MODE"] == SWIGLU.value:
         width, out_n = n // 2, block_n // 2
-        least = 7 if flags["STORE_H"] else 3
+        parts, every = 6 if flags["STORE_H"] else 2, 1
         w_desc = descriptor(weight.view(2 * experts, width, k), [2, out_n, block_k])
     else:
         w_desc = descriptor(weight, [1, block_n, block_k])
+    if reduced < ((parts - 1) * every + 1) * block_k:
+        every = 1
+    least = (parts - 1) * every + 1
     x_desc = w_desc if flags["DIVISOR"] else descriptor(x, [block_m, block_k])  # gathered rows take none
     launch(
         name,
@@ -462,15 +494,15 @@ def _launch(
         *(experts, rows.gather_indices.shape[0], reduced, width),
         **{"SCATTER": False, "STORE_H": False, **flags},
         LEAST=least,
-        SKIP=n * k <= MAX_SKIPPED,
+        EVERY=every,
         EVEN_K=reduced % block_k == 0 and reduced >= least * block_k,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_K=block_k,
         STAGES=config.num_stages,
         GROUP_M=GROUP_M,
-        PRODUCER_REGISTERS=56 if flags["DIVISOR"] else 48,
-        CONSUMER_REGISTERS=224 if flags["DIVISOR"] else 232,
+        PRODUCER_REGISTERS=72 if flags["DIVISOR"] else 48,
+        CONSUMER_REGISTERS=216 if flags["DIVISOR"] else 232,
         **WARPS,
     )
 
@@ -489,15 +521,15 @@ def specialized_forward(
 ) -> None:
     """Fill y [T*K,N] or, with `swiglu`, y [T*K,I] and, where it is wanted, h [T*K,2I]; see `forward.forward_gemm`."""
     sides = config.block_m, config.block_n, config.block_k
-    half, quarter = config.block_n // 2, config.block_n // 4
+    box = [config.block_m // 2, config.block_n // 4]
     flags = {"DIVISOR": rows.top_k if permute_x else 0, "TRANS_W": False}
     if swiglu:
-        y_desc = ragged(y, [config.block_m // 2, quarter])
-        h_desc = y_desc if h is None else ragged(h, [1, config.block_m // 2, half], *halves(h))
+        y_desc = ragged(y, box)
+        h_desc = y_desc if h is None else ragged(h, [1, *box], *halves(h))
         flags |= {"MODE": SWIGLU.value, "STORE_H": h is not None}
         _launch("forward_up", x, weight, rows, config, sides, (y_desc, h_desc, y), **flags)
         return
-    y_desc = ragged(y, [config.block_m // 2, half])
+    y_desc = ragged(y, box)
     flags |= {"MODE": PLAIN.value, "SCATTER": permute_y}
     _launch("forward", x, weight, rows, config, sides, (y_desc, y_desc, y), **flags)
 
@@ -514,6 +546,6 @@ def specialized_dX(
 ) -> None:
     """Fill dx [T*K,K]; see `backward_dX.dX_gemm`."""
     sides = config.block_m, config.block_k, config.block_n  # the sum is over n
-    dx_desc = ragged(dx, [config.block_m // 2, config.block_k // 2])
+    dx_desc = ragged(dx, [config.block_m // 2, config.block_k // 4])
     flags = {"DIVISOR": dy_divisor, "MODE": PLAIN.value, "TRANS_W": True, "SCATTER": scatter}
     _launch("dX", dy, weight, rows, config, sides, (dx_desc, dx_desc, dx), **flags)
