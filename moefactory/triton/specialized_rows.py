@@ -11,7 +11,8 @@ has a turn more than it has tiles, for the last tile's parts, and in its first t
 and are clipped; every tile has at least LEAST products, of zeros where it has too few of its own (dropped rows, a short
 reduction).
 
-The ring has one stage more of x than of W, and rows are asked for a product earlier: a stage of x is the smaller one.
+Of rows in expert order the ring has a stage more than of W, which is twice as large: they are asked for a product
+earlier.
 """
 
 from __future__ import annotations
@@ -405,7 +406,9 @@ def _specialized_rows(
     DTYPE: gl.constexpr = x_ptr.dtype.element_ty
     GATHERED: gl.constexpr = DIVISOR > 0
     WIDE_W: gl.constexpr = MODE == SWIGLU
-    ring = make_ring(DTYPE, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, STAGES + 1, TRANS_W, 32 * PRODUCERS if GATHERED else 1)
+    # a stage more of rows leaves TMA more time; copies of gathered rows it would only put before those of W
+    X_STAGES: gl.constexpr = STAGES if GATHERED else STAGES + 1
+    ring = make_ring(DTYPE, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, X_STAGES, TRANS_W, 32 * PRODUCERS if GATHERED else 1)
     news = make_news()
     out_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M // 2, BLOCK_N // 4], DTYPE)
     outs = gl.allocate_shared_memory(DTYPE, [2, BLOCK_M // 2, BLOCK_N // 4], out_layout)
