@@ -210,8 +210,8 @@ def _alignment(case: Case) -> str | None:
 def shared_memory(pass_name: str, config: KernelConfig, dtype: DType) -> int:
     """Bytes of shared memory that a program's buffers take: stages times both tiles.
 
-    In the warp-specialised kernels half a result's as well, which is staged apart, or a quarter's and one more stage of
-    rows, which in their tiles is as much.
+    In the warp-specialised kernels half a result's as well, which is staged apart; those of rows use it for a quarter's
+    and one more stage of rows, which in their tiles is as much, and gathered ones for a quarter's alone.
     """
     m, n, k = config.block_m, config.block_n, config.block_k
     elements = {"fwd": m * k + n * k, "bwd_dX": m * n + n * k, "bwd_dW": m * n + m * k}[pass_name]

@@ -46,7 +46,6 @@ def _variants() -> list[Variant]:
     whole += [Variant("forward_up", x, flags) for x, flags in product(("", "x"), ((), ("store_h",)))]
     whole += [Variant("dX", dy, flags) for dy, flags in product(("", "dy"), ((), ("scatter",)))]
     whole += [Variant("dX_dswiglu", dy, flags) for dy, flags in product(("", "dy"), ((), ("weights",)))]
-    whole += [Variant("dX_dswiglu", "dy", ("weights", "in_turn"))]  # as with large weights
     whole += [Variant(dw, operand) for dw, operand in product(("dW 128x256", "dW 256x128"), ("", "dy", "x"))]
     eights = [Variant(v.kernel, v.gathered, v.flags, "eights") for v in whole if v.gathered]
     float16 = [
@@ -54,7 +53,8 @@ def _variants() -> list[Variant]:
         Variant("dX_dswiglu", "dy", ("weights",), dtype="float16"),
         Variant("dW 128x256", "dy", dtype="float16"),
     ]
-    return whole + eights + float16
+    in_turn = [Variant("dX_dswiglu", "dy", ("weights", "in_turn"))]  # as with large weights; it stays so: last
+    return whole + eights + float16 + in_turn
 
 
 VARIANTS = {str(variant): variant for variant in _variants()}
@@ -161,7 +161,8 @@ def _recorded(variant: Variant) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     rows = forward.Rows(index(EXPERTS + 2), index(ROWS), TOP_K, table)
     hidden, width = SIZES[variant.sizes]
     flags = dict.fromkeys(variant.flags, True)
-    specialized_dswiglu.MAX_CLAIMED = 0 if flags.pop("in_turn", False) else 2**22
+    if flags.pop("in_turn", False):
+        specialized_dswiglu.MAX_CLAIMED = 0
     divisor = TOP_K if variant.gathered else 0
     if variant.kernel.startswith("forward"):
         swiglu = variant.kernel == "forward_up"

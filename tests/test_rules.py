@@ -315,7 +315,7 @@ def test_specialized_kernels_need_aligned_rows(size: str) -> None:
 
 
 def test_specialized_shared_memory() -> None:
-    """A tile of 128 x 256 results, of which half is staged apart from the ring of operands. The longest ring fits."""
+    """A ring of operands, and half as much as a tile of 128 x 256 results beside it. The longest ring fits."""
     for pass_name, tile in ((p, tile) for p, tiles in SPECIALIZED.items() for tile in tiles):
         for stages in (3, 4):
             plain = PASSES[pass_name](*tile, num_warps=8, num_stages=stages)

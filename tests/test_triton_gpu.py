@@ -210,6 +210,9 @@ SPECIALIZED_SHAPES = [
     Shape(700, 157, 4, 64, 32, "gaps"),  # more row tiles than multiprocessors, each smaller than its box
     Shape(400, 3, 2, 256, 128),  # whole tiles: several row tiles an expert, the last one ragged
     Shape(150, 8, 2, 72, 40, "gaps"),  # rows of 8 elements, not of 16; empty experts first, amid and last
+    Shape(
+        300, 3, 2, 896, 448
+    ),  # whole steps, and 14 and 7 of them: what is stored under every other one, as at Qwen's sizes
     Shape(33, 3, 2, 72, 40, "none"),  # dropped slots alone
     Shape(1, 8, 2, 64, 32),
 ]
@@ -266,6 +269,14 @@ def test_specialized_in_few_programs(flags: dict[str, bool], monkeypatch: pytest
 def test_tiles_are_claimed_or_go_round(shape: Shape, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The dSwiGLU kernel's programs claim their tiles (small weights) or go round in turn (large): the same bits, with
     fewer tiles than programs, as many, or many each. The counter is 0 after each, ten times over the same table."""
+    told: list[bool] = []
+    launched = specialized_dswiglu.launch
+
+    def telling(*args: Any, **meta: Any) -> None:
+        told.append(meta["CLAIM"])
+        launched(*args, **meta)
+
+    monkeypatch.setattr(specialized_dswiglu, "launch", telling)
     p = fused.problem(shape, torch.bfloat16).to("cuda")
     plan = p.plan
     table = tile_table(plan.group_offsets, plan.gather_indices.shape[0], 128)
@@ -284,6 +295,7 @@ def test_tiles_are_claimed_or_go_round(shape: Shape, programs: int, monkeypatch:
         monkeypatch.setattr(specialized_dswiglu, "MAX_CLAIMED", claimed)
         assert all(torch.equal(again, once) for again, once in zip(backward(), first, strict=True))
         assert table.num_tiles.tolist() == tiles
+    assert told == [True, False, *[True] * 10]
 
 
 @on_hopper
@@ -318,15 +330,16 @@ def test_specialized_is_deterministic(flags: dict[str, bool]) -> None:
 
 
 SPECIALIZED_LAUNCHES = [
-    "forward", "forward gathered", "forward scattered", "forward_up", "forward_up gathered",
-    "dX", "dX gathered", "dX scattered", "dX_dswiglu", "dX_dswiglu gathered",
+    "forward", "forward gathered", "forward scattered",
+    "forward_up", "forward_up gathered", "forward_up without h", "forward_up gathered, without h",
+    "dX", "dX gathered", "dX scattered", "dX_dswiglu", "dX_dswiglu gathered", "dX_dswiglu gathered, in turn",
     "dW up", "dW up gathered", "dW down", "dW down gathered",
 ]  # fmt: skip
 
 
 @on_hopper
 @pytest.mark.parametrize("launched", SPECIALIZED_LAUNCHES)
-def test_specialized_kernel_repeats(launched: str) -> None:
+def test_specialized_kernel_repeats(launched: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """10,000 launches of each kernel, every one of which stores by TMA or by rows: the plain kernel's bits each time.
 
     The fused dSwiGLU is compared with its own first launch; that one is within float32's rounding of the plain one.
@@ -339,6 +352,8 @@ def test_specialized_kernel_repeats(launched: str) -> None:
     pass_name = {"forward": "fwd", "forward_up": "fwd", "dW": "bwd_dW"}.get(kernel, "bwd_dX")
     divisor = rows.top_k if gathered else 0
     read = m // rows.top_k if gathered else m
+    if "in turn" in how:
+        monkeypatch.setattr(specialized_dswiglu, "MAX_CLAIMED", 0)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, device="cuda").bfloat16()
@@ -351,8 +366,9 @@ def test_specialized_kernel_repeats(launched: str) -> None:
         x, w, swiglu = draw(read, hidden), draw(experts, 2 * width, hidden) * hidden**-0.5, kernel == "forward_up"
 
         def run(special: bool) -> list[Tensor]:
-            how = {"permute_x": gathered, "permute_y": scattered, "swiglu": swiglu, "store_h": swiglu}
-            return [t for t in forward_gemm(x, w, rows, configs[special], **how) if t is not None]
+            flags = {"permute_x": gathered, "permute_y": scattered, "swiglu": swiglu}
+            flags["store_h"] = swiglu and "without h" not in how
+            return [t for t in forward_gemm(x, w, rows, configs[special], **flags) if t is not None]
     elif pass_name == "bwd_dX":
         dy, w, h, s = draw(read, hidden), draw(experts, hidden, width) * hidden**-0.5, draw(m, 2 * width), draw(m)
 

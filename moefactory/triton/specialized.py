@@ -4,11 +4,11 @@ A program of these kernels is partitions of 4 warps that meet in a ring of share
 stage, by TMA or row by row through gather_indices, and arrives at the stage's `full` barrier; two consumers multiply
 it, each one half of the tile, and arrive at `empty`. So the loads of the next tile run under the end of this one, which
 a plain Triton kernel cannot do with a gathered operand on Hopper, and this one's results are stored under the products
-of the next: by the consumers, half a tile's columns at a time (`specialized_rows`, `specialized_dW`), or by a partition
-of their own where the epilogue is long (`specialized_dswiglu`). The consumers do not wait for each other: one rounds
-and stores while the other multiplies. They are written in Gluon, Triton's lower layer: compiled only, for compute
-capability 9.0. The plain kernels are their reference and give the same bits, but for the last one of what follows the
-fused dSwiGLU.
+of the next: by the consumers, some of a tile's columns at a time (`specialized_rows`, `specialized_dW`), or by a
+partition of their own where the epilogue is long (`specialized_dswiglu`). The consumers do not wait for each other: one
+rounds and stores while the other multiplies. They are written in Gluon, Triton's lower layer: compiled only, for
+compute capability 9.0. The plain kernels are their reference and give the same bits, but for the last one of what
+follows the fused dSwiGLU.
 
 Which tiles programs work on at a time decides what the L2 is asked for. Programs that go round in turn stay in step,
 and neighbours, who ask for the same weights at the same time, are served by one read: the L2 is what these kernels

@@ -7,8 +7,8 @@ is the narrow one, the tile is computed transposed and turned on its way to the 
 
 Behind an expert's end both operands read as zeros (by a ragged descriptor, by a mask), so 0 * NaN of a neighbour cannot
 arise. As in `specialized_rows`, two consumers take half of a tile each, of its narrow side, and a finished tile is
-rounded, kept in registers and stored in two halves under the first products of the next one: with few rows an expert,
-a tile's store takes as long as its products.
+rounded, kept in registers and stored under the first products of the next one, here in two halves: with few rows an
+expert, a tile's store takes as long as its products.
 """
 
 from __future__ import annotations
@@ -92,18 +92,16 @@ def _producer(
     BYTES: gl.constexpr = BLOCK_M * ((0 if P_DIVISOR > 0 else BLOCK_P) + (0 if Q_DIVISOR > 0 else BLOCK_Q)) * 2
     # Eight threads a row, so a line of 128 bytes at once: a thread has few rows to find the address of. That is most of
     # what the producer does, and what the tensor cores wait for: 6 % of dW.
-    p_layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [PRODUCERS, 1], [1, 0])
-    q_layout: gl.constexpr = p_layout
-    p_lane = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, p_layout))
-    q_lane = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, q_layout))
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [PRODUCERS, 1], [1, 0])
+    lane = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, layout))
     num_p = gl.cdiv(P, BLOCK_P)
     num_q = gl.cdiv(Q, BLOCK_Q)
     tiles = num_experts * num_p * num_q
     _, start, end, tile_p, tile_q = _place(gl.program_id(0), tiles, num_p, num_q, offsets_ptr, GROUP)
-    p_slots = slots_of(start + p_lane, end, gather_ptr, P_DIVISOR)
-    q_slots = slots_of(start + q_lane, end, gather_ptr, Q_DIVISOR)
-    p_next = slots_of(start + BLOCK_M + p_lane, end, gather_ptr, P_DIVISOR)
-    q_next = slots_of(start + BLOCK_M + q_lane, end, gather_ptr, Q_DIVISOR)
+    p_slots = slots_of(start + lane, end, gather_ptr, P_DIVISOR)
+    q_slots = slots_of(start + lane, end, gather_ptr, Q_DIVISOR)
+    p_next = slots_of(start + BLOCK_M + lane, end, gather_ptr, P_DIVISOR)
+    q_next = slots_of(start + BLOCK_M + lane, end, gather_ptr, Q_DIVISOR)
     step = 0
     for tile in range(gl.program_id(0), tiles + gl.num_programs(0), gl.num_programs(0)):
         following = tile + gl.num_programs(0)
@@ -116,8 +114,8 @@ def _producer(
             beyond = index + 2 - steps
             ahead = gl.where(beyond < 0, row + 2 * BLOCK_M, next_start + beyond * BLOCK_M)
             ahead_end = gl.where(beyond < 0, end, next_end)
-            p_last = slots_of(ahead + p_lane, ahead_end, gather_ptr, P_DIVISOR)
-            q_last = slots_of(ahead + q_lane, ahead_end, gather_ptr, Q_DIVISOR)
+            p_last = slots_of(ahead + lane, ahead_end, gather_ptr, P_DIVISOR)
+            q_last = slots_of(ahead + lane, ahead_end, gather_ptr, Q_DIVISOR)
             s = step % STAGES
             ready = full.index(s)
             p_stage, q_stage = p_stages.index(s), q_stages.index(s)
@@ -130,13 +128,9 @@ def _producer(
                 box = q_stage._reinterpret(DTYPE, [1, 1, BLOCK_M, BLOCK_Q], q_desc.layout)
                 tma.async_copy_global_to_shared(q_desc, [RAGGED, end, RAGGED - end + row, tile_q * BLOCK_Q], ready, box)
             if P_DIVISOR > 0:
-                _copy_rows(
-                    p_stage, p_ptr, p_slots, row + p_lane < end, tile_p * BLOCK_P, P, P_DIVISOR, EVEN_P, p_layout
-                )
+                _copy_rows(p_stage, p_ptr, p_slots, row + lane < end, tile_p * BLOCK_P, P, P_DIVISOR, EVEN_P, layout)
             if Q_DIVISOR > 0:
-                _copy_rows(
-                    q_stage, q_ptr, q_slots, row + q_lane < end, tile_q * BLOCK_Q, Q, Q_DIVISOR, EVEN_Q, q_layout
-                )
+                _copy_rows(q_stage, q_ptr, q_slots, row + lane < end, tile_q * BLOCK_Q, Q, Q_DIVISOR, EVEN_Q, layout)
             if P_DIVISOR + Q_DIVISOR > 0:
                 async_copy.mbarrier_arrive(ready, increment_count=False)
             p_slots, q_slots = p_next, q_next

@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .launch import cdiv, launch, num_programs
-from .specialized import NEWS, descriptor, make_news, phase, split_columns, told
+from .specialized import NEWS, descriptor, make_news, phase, quarters_of, told
 from .specialized_rows import make_ring, producer
 
 if TYPE_CHECKING:
@@ -38,8 +38,8 @@ WARPS = {
     "num_warps": 4,
     "maxnreg": 128,
 }
-# With up to so many weights an expert this kernel waits for memory, and tiles are claimed: 2 % at 16,384 tokens of the
-# 30B model, 10 % at 4,096. With more, programs in step spare the L2: 5 % at 235B.
+# With up to so many elements of an expert's down_proj this kernel waits for memory, and tiles are claimed: 2 % at
+# 16,384 tokens of the 30B model, 10 % at 4,096. With more, programs in step spare the L2: 5 % of the 235B model's time.
 MAX_CLAIMED = 2**22
 GROUP_M = 4
 CHUNK_ROWS, CHUNK_COLS = gl.constexpr(16), gl.constexpr(64)  # of dA that the epilogue holds in registers
@@ -89,7 +89,7 @@ def _consumer(WHICH: gl.constexpr, ring, news, da, handed, GATHERED: gl.constexp
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N // 2, 16])
     x_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_K], DTYPE)
     x_halves = x_stages._reinterpret(DTYPE, [2 * STAGES, ROWS, BLOCK_K], x_layout)
-    kept_left, kept_right = split_columns(split_columns(gl.zeros([ROWS, BLOCK_N], DTYPE, mma))[1])
+    _, _, kept_left, kept_right = quarters_of(gl.zeros([ROWS, BLOCK_N], DTYPE, mma))
     step = 0
     turn = 0
     steps, _row0, _row_end, _n = told(news, turn)
@@ -103,9 +103,7 @@ def _consumer(WHICH: gl.constexpr, ring, news, da, handed, GATHERED: gl.constexp
             acc = _multiply(acc, x_halves, WHICH, step + half, steps - half, half, ring, GATHERED)
             acc = warpgroup_mma_wait(0, deps=(acc,))
             mbarrier.arrive(empty.index((step + steps + STAGES - 1) % STAGES), count=1)
-            left, right = split_columns(acc.to(DTYPE))
-            kept_left, kept_right = split_columns(right)
-            left, right = split_columns(left)
+            left, right, kept_left, kept_right = quarters_of(acc.to(DTYPE))
             _hand_over(left, right, WHICH, da, handed, 2 * turn)
         elif turn > 0:
             _hand_over(kept_left, kept_right, WHICH, da, handed, 2 * turn - 1)
@@ -320,7 +318,7 @@ def specialized_dX_dswiglu(
         DIVISOR=dy_divisor,
         HAS_WEIGHTS=routing_weights is not None,
         CLAIM=n * k <= MAX_CLAIMED,
-        EVEN_K=n % config.block_n == 0,
+        EVEN_K=bool(dy_divisor) and n % config.block_n == 0,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_k,  # the sum is over n
         BLOCK_K=config.block_n,

@@ -71,7 +71,7 @@ def place_of(tile, tables, num_m, num_n, num_experts, GROUP_M: gl.constexpr):
 @gluon.jit
 def _copy_w(index, step, place, desc, ring, DTYPE: gl.constexpr, WIDE_W: gl.constexpr, TRANS_W: gl.constexpr):
     """Ask for W of a tile's product `index`, the tile's first at `step`, once its stage is free."""
-    expert, _, _, tile_n = place
+    expert, tile_n = place
     x_stages, w_stages, full, empty = ring
     X_STAGES: gl.constexpr = x_stages.shape[0]
     STAGES: gl.constexpr = w_stages.shape[0]
@@ -186,7 +186,6 @@ def producer(
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_K, BLOCK_K // 8], [PRODUCERS, 1], [1, 0])
     lane = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, layout))
     offs_k = gl.arange(0, BLOCK_K, layout=gl.SliceLayout(0, layout))
-    thread = gl.arange(0, 32 * PRODUCERS, layout=gl.BlockedLayout([1], [32], [PRODUCERS], [0]))
     tiles = num_m * num_n
     steps = gl.maximum(gl.cdiv(K, BLOCK_K), LEAST)
     tile = gl.program_id(0)
@@ -203,12 +202,13 @@ def producer(
         # dropped rows take LEAST products, of zeros, so that nobody is told of more tiles than `news` hold
         count = gl.where(expert < num_experts, steps, LEAST)
         tell(news, turn, count, row0, row_end, tile_n)
-        place = (expert, row0, row_end, tile_n)
+        place = (expert, tile_n)
         rows = _rows_of(expert, row0, row_end, slot, x_ptr, num_experts, K, lane, offs_k, DIVISOR)
-        first = gl.maximum(count - 3 * AHEAD, 0)
         second = gl.maximum(count - 2 * AHEAD, 0)
         third = gl.maximum(count - AHEAD, 0)
         if CLAIM:
+            thread = gl.arange(0, 32 * PRODUCERS, layout=gl.BlockedLayout([1], [32], [PRODUCERS], [0]))
+            first = gl.maximum(count - 3 * AHEAD, 0)
             _copy_steps(0, first, step, place, rows, inputs, K, ring, DIVISOR, WIDE_W, TRANS_W, EVEN_K, layout)
             answer = ask(tile, tiles, counter_ptr, thread)
             _copy_steps(first, second, step, place, rows, inputs, K, ring, DIVISOR, WIDE_W, TRANS_W, EVEN_K, layout)
@@ -225,10 +225,10 @@ def producer(
         if EXTRA > 0:
             _copy_w(last, step, place, w_desc, ring, DTYPE, WIDE_W, TRANS_W)
             if tile < tiles:
-                rows = _rows_of(
+                next_rows = _rows_of(
                     next_expert, next_row0, next_end, next_slot, x_ptr, num_experts, K, lane, offs_k, DIVISOR
                 )
-                _copy_x(0, step + count, rows, x_desc, K, ring, DIVISOR, EVEN_K, layout)
+                _copy_x(0, step + count, next_rows, x_desc, K, ring, DIVISOR, EVEN_K, layout)
         expert, row0, row_end, tile_n, slot = next_expert, next_row0, next_end, next_n, next_slot
         step += count
         turn += 1
@@ -481,11 +481,11 @@ def _launch(
         w_desc = descriptor(weight, [1, block_k, block_n])
     elif flags["MODE"] == SWIGLU.value:
         width, out_n = n // 2, block_n // 2
-        parts, every = 6 if flags["STORE_H"] else 2, 1
+        parts, every = 6 if flags["STORE_H"] else 2, 1  # spreading these was no gain
         w_desc = descriptor(weight.view(2 * experts, width, k), [2, out_n, block_k])
     else:
         w_desc = descriptor(weight, [1, block_n, block_k])
-    if reduced < ((parts - 1) * every + 1) * block_k:
+    if reduced < ((parts - 1) * every + 1) * block_k:  # products of zeros cost more than they leave time
         every = 1
     least = (parts - 1) * every + 1
     x_desc = w_desc if flags["DIVISOR"] else descriptor(x, [block_m, block_k])  # gathered rows take none
@@ -498,7 +498,7 @@ def _launch(
         **{"SCATTER": False, "STORE_H": False, **flags},
         LEAST=least,
         EVERY=every,
-        EVEN_K=reduced % block_k == 0 and reduced >= least * block_k,
+        EVEN_K=bool(flags["DIVISOR"]) and reduced % block_k == 0 and reduced >= least * block_k,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_K=block_k,
