@@ -1,6 +1,6 @@
 """What the warp-specialised kernels compile to for compute capability 9.0, read off their code without a GPU.
 
-Their results are asserted on a GPU, in `test_triton_gpu`: Triton's interpreter does not know Gluon.
+Their results are asserted in `test_triton_gluon`, and on a GPU in `test_triton_gpu`.
 """
 
 from __future__ import annotations

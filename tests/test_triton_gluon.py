@@ -1,0 +1,264 @@
+"""The warp-specialised kernels by their numbers, and their protocol, without a GPU: see `gluon_interpreter`.
+
+What they compile to is in `test_triton_specialized`, what a GPU makes of that in `test_triton_gpu`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import fused
+import gluon_interpreter
+import pytest
+import torch
+from fused import COMBINATIONS, Shape, flag_id, options, specialized_kernels
+from torch import Tensor
+
+from moefactory.triton import specialized_dswiglu, specialized_rows
+from moefactory.triton.backward_dX import dX_gemm_dswiglu
+from moefactory.triton.forward import Rows, forward_gemm
+from moefactory.triton.schedule import tile_table
+
+pytestmark = pytest.mark.interpreter
+SMALL = Shape(40, 3, 2, 200, 72)  # nothing is a multiple of a tile's side
+SHAPES = [
+    Shape(70, 9, 4, 64, 32, "gaps"),  # more tiles than programs, each smaller than its box
+    Shape(300, 3, 2, 256, 128),  # whole steps; several row tiles an expert, the last one ragged
+    Shape(130, 5, 2, 520, 264, "dropped"),  # every dimension ends inside a tile
+    Shape(33, 3, 2, 72, 40, "none"),  # dropped slots alone
+    Shape(150, 2, 1, 896, 448),  # whole steps, and 14 and 7 of them: parts are stored under every other one
+]
+FORWARD: Any = specialized_kernels()[0][2]
+DX: Any = specialized_kernels()[3][2]
+SEEDS = range(4)
+
+
+@pytest.mark.parametrize("flags", COMBINATIONS, ids=flag_id)
+def test_every_fusion(flags: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    """All six GEMMs of a forward and a backward in three programs, held to the rule of every path."""
+    p = fused.problem(SMALL, torch.bfloat16)
+    with fused.surroundings(), gluon_interpreter.interpreted(monkeypatch):
+        got = fused.run(p, options(flags, SMALL.top_k, specialized_kernels()))
+    assert fused.yardstick(SMALL, torch.bfloat16).complaints(got) == []
+
+
+@pytest.mark.parametrize("flags", [COMBINATIONS[0], COMBINATIONS[-1]], ids=flag_id)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_size(shape: Shape, flags: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a fusion and with all of them: the same rule; the ring has its fewest stages where nothing is fused."""
+    p, kernels = fused.problem(shape, torch.bfloat16), specialized_kernels(swapped=not any(flags.values()))
+    with fused.surroundings(), gluon_interpreter.interpreted(monkeypatch):
+        got = fused.run(p, options(flags, shape.top_k, kernels))
+    assert fused.yardstick(shape, torch.bfloat16).complaints(got) == []
+
+
+def _rows(shape: Shape) -> tuple[fused.Problem, Rows]:
+    p = fused.problem(shape, torch.bfloat16)
+    plan = p.plan
+    table = tile_table(plan.group_offsets, plan.gather_indices.shape[0], 128)
+    return p, Rows(plan.group_offsets, plan.gather_indices, shape.top_k, table)
+
+
+@pytest.mark.parametrize("gathered", [False, True], ids=["in order", "gathered"])
+@pytest.mark.parametrize("shape", [SMALL, SHAPES[1]], ids=str)
+def test_up_without_h(shape: Shape, gathered: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A of a forward that keeps no H, which it stores in two parts, not six: the bits of one that does."""
+    p, rows = _rows(shape)
+    x = p.x if gathered else torch.randn(rows.gather_indices.shape[0], shape.hidden).bfloat16()
+    with fused.surroundings(), gluon_interpreter.interpreted(monkeypatch):
+        kept, alone = (
+            forward_gemm(x, p.gate_up_proj, rows, FORWARD, permute_x=gathered, swiglu=True, store_h=h)
+            for h in (True, False)
+        )
+    assert torch.equal(alone[0], kept[0])
+    assert alone[1] is None
+
+
+@pytest.mark.parametrize("programs", [1, 2, 7])
+def test_any_order_gives_the_same_bits(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who goes on after a wait, and which copy lands first, is drawn four times; claims and tiles in turn."""
+    p, rows = _rows(SHAPES[0])
+    h = torch.randn(rows.gather_indices.shape[0], 2 * SHAPES[0].intermediate).bfloat16()
+    found = []
+    for seed, claimed in ((seed, claimed) for seed in SEEDS for claimed in (0, specialized_dswiglu.MAX_CLAIMED)):
+        monkeypatch.setattr(specialized_dswiglu, "MAX_CLAIMED", claimed)
+        with fused.surroundings(), gluon_interpreter.interpreted(monkeypatch, programs, seed):
+            up = forward_gemm(p.x, p.gate_up_proj, rows, FORWARD, permute_x=True, swiglu=True, store_h=True)
+            weights = p.routing_weights.reshape(-1)
+            down = dX_gemm_dswiglu(p.dy, p.down_proj, h, weights, rows, DX, dy_divisor=SHAPES[0].top_k)
+        assert rows.table.num_tiles[1] == 0  # as a kernel that claims finds it, and leaves it
+        found.append([t for t in (*up, *down) if t is not None])
+    assert all(torch.equal(t, first) for one in found[1:] for t, first in zip(one, found[0], strict=True))
+
+
+# --- what the interpreter would see -----------------------------------------------------------------------------------
+
+ROWS, DSWIGLU, DW = "specialized_rows", "specialized_dswiglu", "specialized_dW"
+FAULTS = {  # what is wrong: (where, what stands there, what is put in its place)
+    "a stage is filled before it is free": (
+        ROWS,
+        "    mbarrier.wait(empty.index(s), phase(step + index, STAGES) ^ 1)\n",
+        "",
+    ),
+    "the other phase is waited for": (
+        ROWS,
+        "phase(step + index, STAGES) ^ 1",
+        "phase(step + index, STAGES)",
+    ),
+    "a stage is given back before its product": (
+        ROWS,
+        "mbarrier.arrive(empty.index((step + index + STAGES - 1) % STAGES), count=1)",
+        "mbarrier.arrive(empty.index((step + index) % STAGES), count=1)",
+    ),
+    "one consumer frees a stage": (
+        ROWS,
+        "mbarrier.init(empty.index(s), count=2)",
+        "mbarrier.init(empty.index(s), count=1)",
+    ),
+    "a part is staged over one that is under way": (
+        ROWS,
+        "    tma.store_wait(0)  # of the part before\n",
+        "",
+    ),
+    "the last part is not waited for": (
+        ROWS,
+        "told(news, turn)\n    tma.store_wait(0)\n",
+        "told(news, turn)\n",
+    ),
+    "rows are asked for of a tile that there is not": (
+        ROWS,
+        "            if tile < tiles:\n                next_rows",
+        "            if True:\n                next_rows",
+    ),
+    "rows of the product before": (
+        ROWS,
+        "_copy_x(index + EXTRA, step,",
+        "_copy_x(index, step,",
+    ),
+    "up's columns in another order": (
+        ROWS,
+        "quarters[2 + OF_A]",
+        "quarters[3 - OF_A]",
+    ),
+    "columns in another order": (
+        ROWS,
+        "out.store(quarters[PART])",
+        "out.store(quarters[PART ^ 1])",
+    ),
+    "no turn for the last tile": (
+        ROWS,
+        "    tell(news, turn, 0, 0, 0, 0)  #",
+        "    turn -= 1  #",
+    ),
+    "dA is handed over before it was taken": (
+        DSWIGLU,
+        "    mbarrier.wait(handed.index(1), (handovers & 1) ^ 1)\n",
+        "",
+    ),
+    "dA is taken before it was handed over": (
+        DSWIGLU,
+        "                mbarrier.wait(handed.index(0), handovers & 1)\n",
+        "",
+    ),
+    "a tile's first stage is given back twice": (
+        DSWIGLU,
+        "pred=index + before > 0",
+        "pred=True",
+    ),
+    "every row is of slot 0": (
+        DSWIGLU,
+        "        slots.store(slot_ahead)\n",
+        "        slots.store(slot_ahead * 0)\n",
+    ),
+    "dW's stage is filled before it is free": (
+        DW,
+        "            mbarrier.wait(empty.index(s), phase(step, STAGES) ^ 1)\n",
+        "",
+    ),
+    "dW's halves in another order": (
+        DW,
+        "_store_half(finished[turn // 2]",
+        "_store_half(finished[1 - turn // 2]",
+    ),
+    "slots of the step before": (
+        DW,
+        "            p_slots, q_slots = p_next, q_next\n",
+        "",
+    ),
+}
+
+
+def _planted(folder: Path, name: str, old: str, new: str) -> ModuleType:
+    """A module of the kernels with one thing changed."""
+    real = importlib.import_module(f"moefactory.triton.{name}")
+    source = Path(str(real.__file__)).read_text()
+    assert old in source
+    path = folder / "planted.py"
+    path.write_text(source.replace(old, new))
+    spec = importlib.util.spec_from_file_location("moefactory.triton.planted", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _run(name: str, module: Any, seed: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, ...]:
+    """What a module's kernel makes of the same problem, in two programs: up of rows in expert order, which come by TMA
+    and have a stage more; dSwiGLU and dW of gathered ones."""
+    p, rows = _rows(SMALL)
+    m, width = rows.gather_indices.shape[0], SMALL.intermediate
+    generator = torch.Generator().manual_seed(1)
+    x, h, other = (torch.randn(m, n, generator=generator).bfloat16() for n in (SMALL.hidden, 2 * width, width))
+    monkeypatch.setattr(module, "launch", gluon_interpreter.launch(seed))
+    monkeypatch.setattr(module, "num_programs", lambda device: 2)
+    out = [torch.full((m, n * width), torch.nan, dtype=torch.bfloat16) for n in (1, 2)]
+    if name == ROWS:
+        flags = {"permute_x": False, "permute_y": False, "swiglu": True}
+        module.specialized_forward(x, p.gate_up_proj, rows, FORWARD, *out, **flags)
+        return tuple(out)
+    if name == DSWIGLU:
+        ds, weights = torch.full((2, m), torch.nan), p.routing_weights.reshape(-1)
+        results = out[1], out[0], ds
+        module.specialized_dX_dswiglu(p.dy, p.down_proj, h, weights, rows, DX, *results, dy_divisor=SMALL.top_k)
+        return *out, ds
+    dw = torch.full_like(p.down_proj, torch.nan)
+    config = specialized_kernels()[5][2]
+    module.specialized_dW(p.dy, other, rows, config, dw, dy_divisor=SMALL.top_k, x_divisor=0)
+    return (dw,)
+
+
+def test_what_is_there_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A and H beside float64, in four orders: two roundings to bfloat16, each by half of the last of 8 bits."""
+    p, rows = _rows(SMALL)
+    x = torch.randn(rows.gather_indices.shape[0], SMALL.hidden, generator=torch.Generator().manual_seed(1)).bfloat16()
+    counts = rows.expert_offsets[1:] - rows.expert_offsets[:-1]
+    expert = torch.repeat_interleave(torch.arange(len(counts)), counts.long())
+    h = torch.einsum("rk,rnk->rn", x.double(), p.gate_up_proj.double()[expert])
+    gate, up = h.bfloat16().double().chunk(2, dim=1)
+    for seed in SEEDS:
+        got = _run(ROWS, specialized_rows, seed, monkeypatch)
+        for one, right in zip(got, (torch.nn.functional.silu(gate) * up, h), strict=True):
+            torch.testing.assert_close(one.double(), right, rtol=2**-6, atol=2**-7)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_found(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is seen in one of four orders at least, as an error or as other bits than those of the kernel as it is."""
+    name, *change = FAULTS[fault]
+    right = _run(name, importlib.import_module(f"moefactory.triton.{name}"), 0, monkeypatch)
+    assert not any(bool(t.isnan().any()) for t in right)
+    module = _planted(tmp_path, name, *change)
+
+    def wrong(seed: int) -> bool:
+        try:
+            got = _run(name, module, seed, monkeypatch)
+        except (AssertionError, RuntimeError):
+            return True
+        return not all(torch.equal(one, other) for one, other in zip(got, right, strict=True))
+
+    assert any(wrong(seed) for seed in SEEDS)
