@@ -54,7 +54,7 @@ class Partition(threading.Thread):
                 assert not self.stores, "stores under way at the end of a partition"
         except BaseException as error:
             self.grid.failed.append(error)
-        self.grid.ended(self)
+        self.grid.next()
 
 
 class Grid:
@@ -74,7 +74,7 @@ class Grid:
             partition.start()
 
     def run(self) -> None:
-        self._next()
+        self.next()
         self.over.acquire()
         for error in self.failed:
             raise error
@@ -87,15 +87,12 @@ class Grid:
         me = current()
         me.ready = ready
         self.waiting.append(me)
-        self._next()
+        self.next()
         me.go.acquire()
         if self.failed:
             raise RuntimeError("something else failed")
 
-    def ended(self, partition: Partition) -> None:
-        self._next()
-
-    def _next(self) -> None:
+    def next(self) -> None:
         """Whatever may happen next, until a partition goes on."""
         while self.waiting:
             ready = self.waiting if self.failed else [one for one in self.waiting if one.ready()]
@@ -389,8 +386,8 @@ def _assert(condition: Any) -> None:
     assert condition
 
 
-class Layout(types.SimpleNamespace):
-    """A layout, which says nothing here but for its rank."""
+class NVMMASharedLayout:
+    """The only layout that says something here: its rank."""
 
     @staticmethod
     def get_default_for(shape: list[int], dtype: Any) -> Any:
@@ -423,10 +420,11 @@ LANGUAGE = types.SimpleNamespace(
     SliceLayout=lambda dim, parent: "registers",
     NVMMADistributedLayout=lambda *sides: "registers",
     SwizzledSharedLayout=lambda *sides: "flat",
-    NVMMASharedLayout=Layout,
-    **{name: getattr(torch, name) for name in ("int1", "int32", "int64", "float32") if hasattr(torch, name)},
-    uint32=torch.int64,  # of what torch cannot divide; no value here has 32 bits
-    uint64=torch.int64,
+    NVMMASharedLayout=NVMMASharedLayout,
+    int32=torch.int32,
+    int64=torch.int64,
+    float32=torch.float32,
+    uint32=torch.int64,  # torch has no division of these
 )
 NAMES: dict[str, Any] = {
     "gl": LANGUAGE,
@@ -437,8 +435,9 @@ NAMES: dict[str, Any] = {
     "warpgroup_mma": warpgroup_mma,
     "warpgroup_mma_wait": warpgroup_mma_wait,
 }
-_run: dict[int, Callable[..., Any]] = {}
-_globals: dict[int, dict[str, Any]] = {}
+# id -> (what it is of, what was made of it): kept, since the id of something gone may be given to another
+_run: dict[int, tuple[GluonJITFunction[Any], Callable[..., Any]]] = {}
+_globals: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
 
 
 def as_python(kernel: GluonJITFunction[Any]) -> Callable[..., Any]:
@@ -446,16 +445,17 @@ def as_python(kernel: GluonJITFunction[Any]) -> Callable[..., Any]:
     if id(kernel) not in _run:
         real = kernel.fn.__globals__
         if id(real) not in _globals:
-            names = _globals[id(real)] = dict(real)
+            names = dict(real)
+            _globals[id(real)] = real, names
             names |= {name: made for name, made in NAMES.items() if name in names}
             for name, value in real.items():
                 if isinstance(value, GluonJITFunction):
                     names[name] = as_python(value)
                 elif isinstance(value, gl.constexpr):
                     names[name] = value.value
-        made = types.FunctionType(kernel.fn.__code__, _globals[id(real)], kernel.fn.__name__, kernel.fn.__defaults__)
-        _run[id(kernel)] = made
-    return _run[id(kernel)]
+        _, names = _globals[id(real)]
+        _run[id(kernel)] = kernel, types.FunctionType(kernel.fn.__code__, names, kernel.fn.__name__)
+    return _run[id(kernel)][1]
 
 
 def launch(seed: int) -> Callable[..., None]:

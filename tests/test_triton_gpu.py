@@ -210,9 +210,7 @@ SPECIALIZED_SHAPES = [
     Shape(700, 157, 4, 64, 32, "gaps"),  # more row tiles than multiprocessors, each smaller than its box
     Shape(400, 3, 2, 256, 128),  # whole tiles: several row tiles an expert, the last one ragged
     Shape(150, 8, 2, 72, 40, "gaps"),  # rows of 8 elements, not of 16; empty experts first, amid and last
-    Shape(
-        300, 3, 2, 896, 448
-    ),  # whole steps, and 14 and 7 of them: what is stored under every other one, as at Qwen's sizes
+    Shape(300, 3, 2, 896, 448),  # whole steps, 14 and 7 of them: stores under every other one, as at Qwen's sizes
     Shape(33, 3, 2, 72, 40, "none"),  # dropped slots alone
     Shape(1, 8, 2, 64, 32),
 ]

@@ -69,10 +69,11 @@ def place_of(tile, tables, num_m, num_n, num_experts, GROUP_M: gl.constexpr):
 
 
 @gluon.jit
-def _copy_w(index, step, place, desc, ring, DTYPE: gl.constexpr, WIDE_W: gl.constexpr, TRANS_W: gl.constexpr):
+def _copy_w(index, step, place, desc, ring, WIDE_W: gl.constexpr, TRANS_W: gl.constexpr):
     """Ask for W of a tile's product `index`, the tile's first at `step`, once its stage is free."""
     expert, tile_n = place
     x_stages, w_stages, full, empty = ring
+    DTYPE: gl.constexpr = w_stages.dtype
     X_STAGES: gl.constexpr = x_stages.shape[0]
     STAGES: gl.constexpr = w_stages.shape[0]
     BLOCK_K: gl.constexpr = x_stages.shape[2]
@@ -146,11 +147,10 @@ def _copy_steps(
     layout: gl.constexpr,
 ):
     """W of a tile's products `first` to `end`, and the rows, one product ahead where there is a stage more of them."""
-    x_desc, w_desc, x_ptr = inputs
-    DTYPE: gl.constexpr = x_ptr.dtype.element_ty
+    x_desc, w_desc, _ = inputs
     EXTRA: gl.constexpr = ring[0].shape[0] - ring[1].shape[0]
     for index in range(first, end):
-        _copy_w(index, step, place, w_desc, ring, DTYPE, WIDE_W, TRANS_W)
+        _copy_w(index, step, place, w_desc, ring, WIDE_W, TRANS_W)
         _copy_x(index + EXTRA, step, rows, x_desc, K, ring, DIVISOR, EVEN_K, layout)
 
 
@@ -179,7 +179,6 @@ def producer(
     offsets_ptr, gather_ptr, counter_ptr = tables[2], tables[3], tables[4]
     num_m, num_n, num_experts, K, _, M = sizes
     x_desc, w_desc, x_ptr = inputs
-    DTYPE: gl.constexpr = x_ptr.dtype.element_ty
     EXTRA: gl.constexpr = ring[0].shape[0] - ring[1].shape[0]
     BLOCK_M: gl.constexpr = ring[0].shape[1]
     BLOCK_K: gl.constexpr = ring[0].shape[2]
@@ -223,7 +222,7 @@ def producer(
         last = count - EXTRA
         _copy_steps(third, last, step, place, rows, inputs, K, ring, DIVISOR, WIDE_W, TRANS_W, EVEN_K, layout)
         if EXTRA > 0:
-            _copy_w(last, step, place, w_desc, ring, DTYPE, WIDE_W, TRANS_W)
+            _copy_w(last, step, place, w_desc, ring, WIDE_W, TRANS_W)
             if tile < tiles:
                 next_rows = _rows_of(
                     next_expert, next_row0, next_end, next_slot, x_ptr, num_experts, K, lane, offs_k, DIVISOR
