@@ -53,7 +53,8 @@ def _variants() -> list[Variant]:
         Variant("dX_dswiglu", "dy", ("weights",), dtype="float16"),
         Variant("dW 128x256", "dy", dtype="float16"),
     ]
-    in_turn = [Variant("dX_dswiglu", "dy", ("weights", "in_turn"))]  # as with large weights; it stays so: last
+    in_turn = [Variant("forward_up", "x", flags) for flags in (("in_turn",), ("store_h", "in_turn"))]
+    in_turn += [Variant("dX_dswiglu", "dy", ("weights", "in_turn"))]  # as with large weights
     return whole + eights + float16 + in_turn
 
 
@@ -137,6 +138,7 @@ def _recorded(variant: Variant) -> tuple[Any, dict[str, Any], dict[str, Any]]:
         backward_dW,
         backward_dX,
         forward,
+        specialized,
         specialized_dswiglu,
         specialized_dW,
         specialized_rows,
@@ -161,8 +163,7 @@ def _recorded(variant: Variant) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     rows = forward.Rows(index(EXPERTS + 2), index(ROWS), TOP_K, table)
     hidden, width = SIZES[variant.sizes]
     flags = dict.fromkeys(variant.flags, True)
-    if flags.pop("in_turn", False):
-        specialized_dswiglu.MAX_CLAIMED = 0
+    specialized.MAX_CLAIMED = 0 if flags.pop("in_turn", False) else 2**22
     divisor = TOP_K if variant.gathered else 0
     if variant.kernel.startswith("forward"):
         swiglu = variant.kernel == "forward_up"

@@ -18,19 +18,26 @@ import torch
 from fused import COMBINATIONS, Shape, flag_id, options, specialized_kernels
 from torch import Tensor
 
-from moefactory.triton import specialized_dswiglu, specialized_rows
+from moefactory.triton import specialized, specialized_rows
 from moefactory.triton.backward_dX import dX_gemm_dswiglu
 from moefactory.triton.forward import Rows, forward_gemm
 from moefactory.triton.schedule import tile_table
 
 pytestmark = pytest.mark.interpreter
 SMALL = Shape(40, 3, 2, 200, 72)  # nothing is a multiple of a tile's side
+HALVES = Shape(130, 4, 2, 200, 72)  # the same, of experts with 55 to 74 rows: half a tile or more
 SHAPES = [
     Shape(70, 9, 4, 64, 32, "gaps"),  # more tiles than programs, each smaller than its box
     Shape(300, 3, 2, 256, 128),  # whole steps; several row tiles an expert, the last one ragged
     Shape(130, 5, 2, 520, 264, "dropped"),  # every dimension ends inside a tile
     Shape(33, 3, 2, 72, 40, "none"),  # dropped slots alone
     Shape(150, 2, 1, 896, 448),  # whole steps, and 14 and 7 of them: parts are stored under every other one
+    Shape(330, 5, 2, 512, 264),  # experts of one tile and of two, of which the last is whole or half
+]
+CASES = [  # (flags, whether tiles are claimed)
+    pytest.param(COMBINATIONS[0], True, id=flag_id(COMBINATIONS[0])),
+    pytest.param(COMBINATIONS[-1], True, id=f"{flag_id(COMBINATIONS[-1])}-claimed"),
+    pytest.param(COMBINATIONS[-1], False, id=f"{flag_id(COMBINATIONS[-1])}-in turn"),
 ]
 FORWARD: Any = specialized_kernels()[0][2]
 DX: Any = specialized_kernels()[3][2]
@@ -46,10 +53,11 @@ def test_every_fusion(flags: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -
     assert fused.yardstick(SMALL, torch.bfloat16).complaints(got) == []
 
 
-@pytest.mark.parametrize("flags", [COMBINATIONS[0], COMBINATIONS[-1]], ids=flag_id)
+@pytest.mark.parametrize(("flags", "claimed"), CASES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_every_size(shape: Shape, flags: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_size(shape: Shape, flags: dict[str, bool], claimed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a fusion and with all of them: the same rule; the ring has its fewest stages where nothing is fused."""
+    monkeypatch.setattr(specialized, "MAX_CLAIMED", specialized.MAX_CLAIMED * claimed)
     p, kernels = fused.problem(shape, torch.bfloat16), specialized_kernels(swapped=not any(flags.values()))
     with fused.surroundings(), gluon_interpreter.interpreted(monkeypatch):
         got = fused.run(p, options(flags, shape.top_k, kernels))
@@ -61,6 +69,32 @@ def _rows(shape: Shape) -> tuple[fused.Problem, Rows]:
     plan = p.plan
     table = tile_table(plan.group_offsets, plan.gather_indices.shape[0], 128)
     return p, Rows(plan.group_offsets, plan.gather_indices, shape.top_k, table)
+
+
+@pytest.mark.parametrize("cols", [1, 3, 8])
+@pytest.mark.parametrize("counts", [[1], [0, 0, 5, 0], [128, 129, 256, 0, 1, 3000], [40, 1537, 1536, 0]], ids=str)
+def test_order_of_tiles(counts: list[int], cols: int) -> None:
+    """Every tile once, none past the last; an expert's row tiles in groups of at most 12, as large as one another but
+    for the last, which sweep over the columns together, so that neighbours share W."""
+    offsets = torch.tensor([0, *counts, 0], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    table = tile_table(offsets, sum(counts), 128)
+    number = int(table.num_tiles[0])
+    tables = [gluon_interpreter.Pointers(t) for t in (table.tile_expert, table.tile_row, offsets)]
+    place_of = gluon_interpreter.as_python(specialized_rows.place_of)
+
+    def place(tile: int) -> tuple[int, ...]:
+        return tuple(map(int, place_of(torch.tensor(tile), tables, number, cols, len(counts), 128, 12)))
+
+    expected = []
+    for expert, count in enumerate(counts):
+        tiles = -(-count // 128)
+        groups = -(-tiles // 12)
+        size = -(-tiles // groups) if groups else 1
+        for first in range(0, tiles, size):
+            rows = [int(offsets[expert]) + 128 * t for t in range(first, min(first + size, tiles))]
+            expected += [(expert, row, int(offsets[expert + 1]), col) for col in range(cols) for row in rows]
+    assert [place(tile) for tile in range(number * cols)] == expected
+    assert place(number * cols)[0] == place(number * cols + 131)[0] == len(counts)
 
 
 @pytest.mark.parametrize("gathered", [False, True], ids=["in order", "gathered"])
@@ -79,17 +113,18 @@ def test_up_without_h(shape: Shape, gathered: bool, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("programs", [1, 2, 7])
-def test_any_order_gives_the_same_bits(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who goes on after a wait, and which copy lands first, is drawn four times; claims and tiles in turn."""
-    p, rows = _rows(SHAPES[0])
-    h = torch.randn(rows.gather_indices.shape[0], 2 * SHAPES[0].intermediate).bfloat16()
+@pytest.mark.parametrize("shape", [SHAPES[0], HALVES], ids=str)
+def test_any_order_gives_the_same_bits(shape: Shape, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who goes on after a wait, and which copy lands first, is drawn four times; tiles are claimed, or in turn."""
+    p, rows = _rows(shape)
+    h = torch.randn(rows.gather_indices.shape[0], 2 * shape.intermediate).bfloat16()
     found = []
-    for seed, claimed in ((seed, claimed) for seed in SEEDS for claimed in (0, specialized_dswiglu.MAX_CLAIMED)):
-        monkeypatch.setattr(specialized_dswiglu, "MAX_CLAIMED", claimed)
+    for seed, claimed in ((seed, claimed) for seed in SEEDS for claimed in (0, specialized.MAX_CLAIMED)):
+        monkeypatch.setattr(specialized, "MAX_CLAIMED", claimed)
         with fused.surroundings(), gluon_interpreter.interpreted(monkeypatch, programs, seed):
             up = forward_gemm(p.x, p.gate_up_proj, rows, FORWARD, permute_x=True, swiglu=True, store_h=True)
             weights = p.routing_weights.reshape(-1)
-            down = dX_gemm_dswiglu(p.dy, p.down_proj, h, weights, rows, DX, dy_divisor=SHAPES[0].top_k)
+            down = dX_gemm_dswiglu(p.dy, p.down_proj, h, weights, rows, DX, dy_divisor=shape.top_k)
         assert rows.table.num_tiles[1] == 0  # as a kernel that claims finds it, and leaves it
         found.append([t for t in (*up, *down) if t is not None])
     assert all(torch.equal(t, first) for one in found[1:] for t, first in zip(one, found[0], strict=True))
@@ -143,6 +178,31 @@ FAULTS = {  # what is wrong: (where, what stands there, what is put in its place
         ROWS,
         "quarters[2 + OF_A]",
         "quarters[3 - OF_A]",
+    ),
+    "a stage that has no rows is not given back": (
+        ROWS,
+        "    mbarrier.arrive(empty.index(step % STAGES), count=1)\n",
+        "",
+    ),
+    "a stage is given back before it came": (
+        ROWS,
+        "    mbarrier.wait(full.index(step % X_STAGES), phase(step, X_STAGES))\n",
+        "",
+    ),
+    "the lower rows of half a tile are waited for": (
+        ROWS,
+        "mbarrier.expect(ready, ROWS * BLOCK_K * 2, pred=whole == 0)",
+        "mbarrier.expect(ready, 2 * ROWS * BLOCK_K * 2, pred=whole == 0)",
+    ),
+    "the lower rows are those of the upper half": (
+        ROWS,
+        "[row + ROWS, k], ready",
+        "[row, k], ready",
+    ),
+    "65 rows are taken for half a tile": (
+        ROWS,
+        "whole = row_end - row0 > ROWS if",
+        "whole = row_end - row0 > ROWS + 8 if",
     ),
     "columns in another order": (
         ROWS,
@@ -209,11 +269,11 @@ def _planted(folder: Path, name: str, old: str, new: str) -> ModuleType:
 
 def _run(name: str, module: Any, seed: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, ...]:
     """What a module's kernel makes of the same problem, in two programs: up of rows in expert order, which come by TMA
-    and have a stage more; dSwiGLU and dW of gathered ones."""
-    p, rows = _rows(SMALL)
-    m, width = rows.gather_indices.shape[0], SMALL.intermediate
+    and have a stage more; dSwiGLU and dW of gathered ones. The first two claim their tiles."""
+    p, rows = _rows(HALVES)
+    m, width = rows.gather_indices.shape[0], HALVES.intermediate
     generator = torch.Generator().manual_seed(1)
-    x, h, other = (torch.randn(m, n, generator=generator).bfloat16() for n in (SMALL.hidden, 2 * width, width))
+    x, h, other = (torch.randn(m, n, generator=generator).bfloat16() for n in (HALVES.hidden, 2 * width, width))
     monkeypatch.setattr(module, "launch", gluon_interpreter.launch(seed))
     monkeypatch.setattr(module, "num_programs", lambda device: 2)
     out = [torch.full((m, n * width), torch.nan, dtype=torch.bfloat16) for n in (1, 2)]
@@ -224,18 +284,18 @@ def _run(name: str, module: Any, seed: int, monkeypatch: pytest.MonkeyPatch) -> 
     if name == DSWIGLU:
         ds, weights = torch.full((2, m), torch.nan), p.routing_weights.reshape(-1)
         results = out[1], out[0], ds
-        module.specialized_dX_dswiglu(p.dy, p.down_proj, h, weights, rows, DX, *results, dy_divisor=SMALL.top_k)
+        module.specialized_dX_dswiglu(p.dy, p.down_proj, h, weights, rows, DX, *results, dy_divisor=HALVES.top_k)
         return *out, ds
     dw = torch.full_like(p.down_proj, torch.nan)
     config = specialized_kernels()[5][2]
-    module.specialized_dW(p.dy, other, rows, config, dw, dy_divisor=SMALL.top_k, x_divisor=0)
+    module.specialized_dW(p.dy, other, rows, config, dw, dy_divisor=HALVES.top_k, x_divisor=0)
     return (dw,)
 
 
 def test_what_is_there_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
     """A and H beside float64, in four orders: two roundings to bfloat16, each by half of the last of 8 bits."""
-    p, rows = _rows(SMALL)
-    x = torch.randn(rows.gather_indices.shape[0], SMALL.hidden, generator=torch.Generator().manual_seed(1)).bfloat16()
+    p, rows = _rows(HALVES)
+    x = torch.randn(rows.gather_indices.shape[0], HALVES.hidden, generator=torch.Generator().manual_seed(1)).bfloat16()
     counts = rows.expert_offsets[1:] - rows.expert_offsets[:-1]
     expert = torch.repeat_interleave(torch.arange(len(counts)), counts.long())
     h = torch.einsum("rk,rnk->rn", x.double(), p.gate_up_proj.double()[expert])

@@ -50,7 +50,7 @@ from moefactory.config import (
     ResolvedModel,
 )
 from moefactory.routing import RoutingPlan, make_plan
-from moefactory.triton import specialized_dswiglu, specialized_dW, specialized_rows
+from moefactory.triton import specialized, specialized_dswiglu, specialized_dW, specialized_rows
 from moefactory.triton.backward_dW import dW_gemm
 from moefactory.triton.backward_dX import dX_gemm, dX_gemm_dswiglu
 from moefactory.triton.choice import SPECIALIZED_FROM, Launch, bucket, choose
@@ -265,35 +265,38 @@ def test_specialized_in_few_programs(flags: dict[str, bool], monkeypatch: pytest
 @pytest.mark.parametrize("programs", [1, 3, 132])
 @pytest.mark.parametrize("shape", SPECIALIZED_SHAPES, ids=str)
 def test_tiles_are_claimed_or_go_round(shape: Shape, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The dSwiGLU kernel's programs claim their tiles (small weights) or go round in turn (large): the same bits, with
+    """Programs of up and of dSwiGLU claim their tiles (small weights) or go round in turn (large): the same bits, with
     fewer tiles than programs, as many, or many each. The counter is 0 after each, ten times over the same table."""
     told: list[bool] = []
-    launched = specialized_dswiglu.launch
+    launched = specialized_rows.launch
 
     def telling(*args: Any, **meta: Any) -> None:
         told.append(meta["CLAIM"])
         launched(*args, **meta)
 
-    monkeypatch.setattr(specialized_dswiglu, "launch", telling)
+    for module in (specialized_rows, specialized_dswiglu):
+        monkeypatch.setattr(module, "launch", telling)
+        monkeypatch.setattr(module, "num_programs", lambda device: programs)
     p = fused.problem(shape, torch.bfloat16).to("cuda")
     plan = p.plan
     table = tile_table(plan.group_offsets, plan.gather_indices.shape[0], 128)
-    monkeypatch.setattr(specialized_dswiglu, "num_programs", lambda device: programs)
-    config = specialized_kernels()[3][2]
+    forward, config = specialized_kernels()[0][2], specialized_kernels()[3][2]
     on_tiles = Rows(plan.group_offsets, plan.gather_indices, shape.top_k, table)
     h = torch.randn(plan.gather_indices.shape[0], 2 * shape.intermediate, dtype=torch.bfloat16, device="cuda")
 
-    def backward() -> tuple[Tensor, ...]:
+    def both() -> list[Tensor]:
         weights = p.routing_weights.reshape(-1)
-        return dX_gemm_dswiglu(p.dy, p.down_proj, h, weights, on_tiles, config, dy_divisor=shape.top_k)
+        up = forward_gemm(p.x, p.gate_up_proj, on_tiles, forward, permute_x=True, swiglu=True, store_h=True)
+        down = dX_gemm_dswiglu(p.dy, p.down_proj, h, weights, on_tiles, config, dy_divisor=shape.top_k)
+        return [t for t in (*up, *down) if t is not None]
 
-    first, tiles = backward(), table.num_tiles.tolist()
+    first, tiles = both(), table.num_tiles.tolist()
     assert tiles[1] == 0
-    for claimed in [0] + 10 * [specialized_dswiglu.MAX_CLAIMED]:
-        monkeypatch.setattr(specialized_dswiglu, "MAX_CLAIMED", claimed)
-        assert all(torch.equal(again, once) for again, once in zip(backward(), first, strict=True))
+    for claimed in [0] + 10 * [specialized.MAX_CLAIMED]:
+        monkeypatch.setattr(specialized, "MAX_CLAIMED", claimed)
+        assert all(torch.equal(again, once) for again, once in zip(both(), first, strict=True))
         assert table.num_tiles.tolist() == tiles
-    assert told == [True, False, *[True] * 10]
+    assert told == [True, True, False, False, *[True] * 20]
 
 
 @on_hopper
@@ -330,6 +333,7 @@ def test_specialized_is_deterministic(flags: dict[str, bool]) -> None:
 SPECIALIZED_LAUNCHES = [
     "forward", "forward gathered", "forward scattered",
     "forward_up", "forward_up gathered", "forward_up without h", "forward_up gathered, without h",
+    "forward_up gathered, in turn",
     "dX", "dX gathered", "dX scattered", "dX_dswiglu", "dX_dswiglu gathered", "dX_dswiglu gathered, in turn",
     "dW up", "dW up gathered", "dW down", "dW down gathered",
 ]  # fmt: skip
@@ -351,7 +355,7 @@ def test_specialized_kernel_repeats(launched: str, monkeypatch: pytest.MonkeyPat
     divisor = rows.top_k if gathered else 0
     read = m // rows.top_k if gathered else m
     if "in turn" in how:
-        monkeypatch.setattr(specialized_dswiglu, "MAX_CLAIMED", 0)
+        monkeypatch.setattr(specialized, "MAX_CLAIMED", 0)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, device="cuda").bfloat16()

@@ -74,9 +74,13 @@ def test_fits_a_multiprocessor(variant: str, code: dict[str, dict[str, Any]]) ->
     assert found["spills"] <= MAX_SPILLS
 
 
+def _claims(variant: sm90.Variant) -> bool:
+    return variant.kernel in {"forward_up", "dX_dswiglu"} and "in_turn" not in variant.flags
+
+
 def _times_loaded(variant: sm90.Variant) -> int:
     """The loops in which a row tile is loaded: one more where tiles are claimed."""
-    return 4 if variant.kernel == "dX_dswiglu" and "in_turn" not in variant.flags else 3
+    return 4 if _claims(variant) else 3
 
 
 @by_variant
@@ -103,15 +107,14 @@ def test_every_tile_has_its_own_bounds(variant: str, code: dict[str, dict[str, A
     would sum from the first tile's row on.
 
     Loops inside the loop over tiles: a consumer multiplies in one, that of the dSwiGLU kernel hands over between two;
-    its epilogue has one; a row tile is loaded in three, in four where the next one is claimed.
+    its epilogue has one; a row tile is loaded in three, in four where the next one is claimed. There the lower half's
+    consumer lets stages pass in as many loops as it multiplies in.
     """
-    consumers, producer = ["default", "partition0"], ["partition1"]
-    if VARIANTS[variant].kernel.startswith("dW"):
-        partitions = consumers + producer
-    elif VARIANTS[variant].kernel == "dX_dswiglu":
-        partitions = [*sorted(2 * consumers), *(_times_loaded(VARIANTS[variant]) * producer), "partition2"]
-    else:
-        partitions = consumers + _times_loaded(VARIANTS[variant]) * producer
+    one = VARIANTS[variant]
+    loops = 2 if one.kernel == "dX_dswiglu" else 1
+    partitions = loops * ["default"] + loops * (2 if _claims(one) else 1) * ["partition0"]
+    partitions += (1 if one.kernel.startswith("dW") else _times_loaded(one)) * ["partition1"]
+    partitions += ["partition2"] if one.kernel == "dX_dswiglu" else []
     assert code[variant]["nested loops"] == [[name, []] for name in partitions]
 
 

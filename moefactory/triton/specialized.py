@@ -10,11 +10,13 @@ rounds and stores while the other multiplies. They are written in Gluon, Triton'
 compute capability 9.0. The plain kernels are their reference and give the same bits, but for the last one of what
 follows the fused dSwiGLU.
 
-Which tiles programs work on at a time decides what the L2 is asked for. Programs that go round in turn stay in step,
-and neighbours, who ask for the same weights at the same time, are served by one read: the L2 is what these kernels
-wait for otherwise. Where memory is slower still (dSwiGLU of small weights), tiles are claimed from a counter: programs
-then drift, but neighbours begin together, while the L2 keeps what they share. The producer knows the tiles, and tells
-the other partitions in `news`.
+Which tiles programs work on at a time decides what the L2 and the memory are asked for. The row tiles of an expert
+sweep over its weights' columns together: a group that reached into the next expert would have these read twice.
+Programs that go round in turn stay in step, and neighbours, who ask for the same weights at the same time, are served
+by one read. They stay in step only while each tile takes as long as another; out of step, weights come from memory two
+or three times. Where an expert's weights are so small that the L2 keeps them meanwhile, GEMMs with an epilogue claim
+their tiles from a counter instead: programs drift, but neighbours begin together, and a tile that is half padding may
+take half the time. The producer knows the tiles, and tells the other partitions in `news`.
 
 A ragged descriptor clips at a row that is known on the device only. Its row dimension is RAGGED long, and a box is
 placed so that the expert's end lies at RAGGED: the hardware writes nothing behind it and reads zeros from there. Two
@@ -38,6 +40,7 @@ from .launch import refuse_misaligned
 RAGGED = gl.constexpr(2**30)
 # 12 warps share 65,536 registers: 168 a thread at the start, then what a kernel says, 504 for one of each partition
 WARPS = {"PRODUCERS": 4, "num_warps": 4, "maxnreg": 168}
+MAX_CLAIMED = 2**22  # elements of an expert's weights up to which tiles are claimed
 _TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
@@ -62,6 +65,11 @@ def ragged(tensor: Tensor, box: list[int], shape: list[int] | None = None, strid
     row = strides[-2]
     rows = [*shape[:-2], RAGGED.value, shape[-1]]
     return descriptor(tensor, [1, 1, *box], [2**31 - 2**16] * 2 + rows, [2**34 - row, row, *strides])
+
+
+def claims(weight: Tensor) -> bool:
+    """Whether a kernel of these weights [E, ...] with an epilogue claims its tiles."""
+    return weight[0].numel() <= MAX_CLAIMED
 
 
 def halves(h: Tensor) -> tuple[list[int], list[int]]:

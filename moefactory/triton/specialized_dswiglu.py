@@ -22,8 +22,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .launch import cdiv, launch, num_programs
-from .specialized import NEWS, descriptor, make_news, phase, quarters_of, told
-from .specialized_rows import make_ring, producer
+from .specialized import NEWS, claims, descriptor, make_news, phase, quarters_of, told
+from .specialized_rows import GROUP_M, halves_of, make_ring, pass_by, producer
 
 if TYPE_CHECKING:
     from ..config import KernelConfigBackward_dX
@@ -38,10 +38,6 @@ WARPS = {
     "num_warps": 4,
     "maxnreg": 128,
 }
-# With up to so many elements of an expert's down_proj this kernel waits for memory, and tiles are claimed: 2 % at
-# 16,384 tokens of the 30B model, 10 % at 4,096. With more, programs in step spare the L2: 5 % of the 235B model's time.
-MAX_CLAIMED = 2**22
-GROUP_M = 4
 CHUNK_ROWS, CHUNK_COLS = gl.constexpr(16), gl.constexpr(64)  # of dA that the epilogue holds in registers
 
 
@@ -78,24 +74,22 @@ def _multiply(acc, x_halves, WHICH: gl.constexpr, first, count, before, ring, GA
 
 
 @gluon.jit
-def _consumer(WHICH: gl.constexpr, ring, news, da, handed, GATHERED: gl.constexpr):
+def _consumer(WHICH: gl.constexpr, ring, news, da, handed, GATHERED: gl.constexpr, CLAIM: gl.constexpr):
     """The upper (WHICH 0) or the lower half of each tile's rows of dA, its columns in halves, into the blocks `da`."""
     x_stages, w_stages, _full, empty = ring
     DTYPE: gl.constexpr = x_stages.dtype
     STAGES: gl.constexpr = x_stages.shape[0]
     ROWS: gl.constexpr = x_stages.shape[1] // 2
-    BLOCK_K: gl.constexpr = x_stages.shape[2]
     BLOCK_N: gl.constexpr = w_stages.shape[2]
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N // 2, 16])
-    x_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_K], DTYPE)
-    x_halves = x_stages._reinterpret(DTYPE, [2 * STAGES, ROWS, BLOCK_K], x_layout)
+    x_halves = halves_of(x_stages)
     _, _, kept_left, kept_right = quarters_of(gl.zeros([ROWS, BLOCK_N], DTYPE, mma))
     step = 0
     turn = 0
-    steps, _row0, _row_end, _n = told(news, turn)
+    steps, row0, row_end, _n = told(news, turn)
     while steps >= 0:
         half = steps // 2
-        if steps > 0:
+        if (steps > 0) & ((row_end - row0 > ROWS) if CLAIM and WHICH == 1 else True):
             acc = gl.zeros([ROWS, BLOCK_N], gl.float32, mma)
             acc = _multiply(acc, x_halves, WHICH, step, half, 0, ring, GATHERED)
             if turn > 0:
@@ -105,11 +99,20 @@ def _consumer(WHICH: gl.constexpr, ring, news, da, handed, GATHERED: gl.constexp
             mbarrier.arrive(empty.index((step + steps + STAGES - 1) % STAGES), count=1)
             left, right, kept_left, kept_right = quarters_of(acc.to(DTYPE))
             _hand_over(left, right, WHICH, da, handed, 2 * turn)
-        elif turn > 0:
-            _hand_over(kept_left, kept_right, WHICH, da, handed, 2 * turn - 1)
+        else:
+            if CLAIM and WHICH == 1:
+                for index in range(half):
+                    pass_by(step + index, ring)
+            if turn > 0:
+                _hand_over(kept_left, kept_right, WHICH, da, handed, 2 * turn - 1)
+            if CLAIM and WHICH == 1:
+                for index in range(half, steps):
+                    pass_by(step + index, ring)
+                if steps > 0:  # of rows that there are not: nobody reads what is handed over
+                    _hand_over(kept_left, kept_right, WHICH, da, handed, 2 * turn)
         step += steps
         turn += 1
-        steps, _row0, _row_end, _n = told(news, turn)
+        steps, row0, row_end, _n = told(news, turn)
 
 
 @gluon.jit
@@ -282,9 +285,26 @@ def _specialized_dX_dswiglu(
     lower: gl.constexpr = 1
     gl.warp_specialize(
         [
-            (_consumer, (upper, ring, news, da, handed, GATHERED)),
-            (_consumer, (lower, ring, news, da, handed, GATHERED)),
-            (producer, (inputs, tables, sizes, ring, news, DIVISOR, False, True, EVEN_K, 1, GROUP_M, CLAIM, PRODUCERS)),
+            (_consumer, (upper, ring, news, da, handed, GATHERED, CLAIM)),
+            (_consumer, (lower, ring, news, da, handed, GATHERED, CLAIM)),
+            (
+                producer,
+                (
+                    inputs,
+                    tables,
+                    sizes,
+                    ring,
+                    news,
+                    DIVISOR,
+                    False,
+                    True,
+                    EVEN_K,
+                    1,
+                    GROUP_M,
+                    CLAIM,
+                    PRODUCERS,
+                ),
+            ),
             (_epilogue, (pointers, tables, sizes, news, da, rows_of_tile, handed, HAS_WEIGHTS, PRODUCERS)),
         ],
         [4, PRODUCERS, PRODUCERS],
@@ -308,7 +328,7 @@ def specialized_dX_dswiglu(
     """Fill dh [T*K,2I], scaled_a [T*K,I] and ds [2*tiles,T*K]; see `backward_dX.dX_gemm_dswiglu`."""
     experts, n, k = weight.shape
     w_desc = descriptor(weight, [1, config.block_n, config.block_k])
-    x_desc = w_desc if dy_divisor else descriptor(dy, [config.block_m, config.block_n])  # gathered rows take none
+    x_desc = w_desc if dy_divisor else descriptor(dy, [config.block_m // 2, config.block_n])  # gathered rows take none
     launch(
         "dX_dswiglu",
         _specialized_dX_dswiglu,
@@ -317,7 +337,7 @@ def specialized_dX_dswiglu(
         *(*rows.arguments, experts, rows.gather_indices.shape[0], n, k),
         DIVISOR=dy_divisor,
         HAS_WEIGHTS=routing_weights is not None,
-        CLAIM=n * k <= MAX_CLAIMED,
+        CLAIM=claims(weight),
         EVEN_K=bool(dy_divisor) and n % config.block_n == 0,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_k,  # the sum is over n

@@ -11,6 +11,9 @@ has a turn more than it has tiles, for the last tile's parts, and in its first t
 and are clipped; every tile has at least LEAST products, of zeros where it has too few of its own (dropped rows, a short
 reduction).
 
+A tile whose lower 64 rows are padding takes as long as any other where tiles go round in turn. Where they are claimed
+(CLAIM, with SWIGLU alone) it takes half of that: the lower consumer lets the tile's stages pass.
+
 Of rows in expert order the ring has a stage more than of W, which is twice as large: they are asked for a product
 earlier.
 """
@@ -37,6 +40,7 @@ from .specialized import (
     WARPS,
     ask,
     claimed,
+    claims,
     descriptor,
     halves,
     make_news,
@@ -45,7 +49,6 @@ from .specialized import (
     ragged,
     slots_of,
     tell,
-    tile_of,
     told,
 )
 
@@ -54,18 +57,30 @@ if TYPE_CHECKING:
     from .forward import Rows
 
 PLAIN, SWIGLU = gl.constexpr(0), gl.constexpr(1)
-GROUP_M = 8  # row tiles that share W; with 4, dX of up takes 20 % longer at 235B and 4,096 tokens
+GROUP_M = 12  # row tiles of an expert that share W
 AHEAD = gl.constexpr(4)  # steps before a tile's end, and again before that
 
 
 @gluon.jit
-def place_of(tile, tables, num_m, num_n, num_experts, GROUP_M: gl.constexpr):
-    """(expert, first row, column tile) of a tile; past the last one its row, and no expert."""
-    tile_expert_ptr, tile_row_ptr = tables[0], tables[1]
-    tiles = num_m * num_n
-    tile_m, tile_n = tile_of(gl.minimum(tile, tiles - 1), num_m, num_n, GROUP_M)
+def place_of(tile, tables, num_m, num_n, num_experts, BLOCK_M: gl.constexpr, GROUP_M: gl.constexpr):
+    """(expert, first row, the expert's end, column tile) of a tile; past the last one no expert.
+
+    An expert's row tiles sweep over the columns together, or in groups as large as one another of at most GROUP_M.
+    """
+    tile_expert_ptr, tile_row_ptr, offsets_ptr = tables[0], tables[1], tables[2]
+    tile_m = gl.minimum(tile // num_n, num_m - 1)  # of the same group as the tile
     expert = gl.load(tile_expert_ptr + tile_m)
-    return gl.where(tile < tiles, expert, num_experts), gl.load(tile_row_ptr + tile_m), tile_n
+    row = gl.load(tile_row_ptr + tile_m)
+    first = gl.load(offsets_ptr + expert)
+    end = gl.load(offsets_ptr + expert + 1)
+    rows = gl.cdiv(end - first, BLOCK_M)
+    size = gl.cdiv(rows, gl.cdiv(rows, GROUP_M))
+    number = (row - first) // BLOCK_M
+    group = number // size * size
+    at = tile - (tile_m - number + group) * num_n
+    size = gl.minimum(size, rows - group)
+    row0 = first + (group + at % size) * BLOCK_M
+    return gl.where(tile < num_m * num_n, expert, num_experts), row0, end, at // size
 
 
 @gluon.jit
@@ -99,35 +114,55 @@ def _copy_w(index, step, place, desc, ring, WIDE_W: gl.constexpr, TRANS_W: gl.co
 @gluon.jit
 def _copy_x(index, step, rows, desc, K, ring, DIVISOR: gl.constexpr, EVEN_K: gl.constexpr, layout: gl.constexpr):
     """Ask for the rows of product `index` of the tile that begins at `step`; their stage is free."""
-    row, pointers, row_ok = rows
+    row, upper, lower, whole = rows
     x_stages, _, full, _ = ring
     X_STAGES: gl.constexpr = x_stages.shape[0]
+    ROWS: gl.constexpr = x_stages.shape[1] // 2
     BLOCK_K: gl.constexpr = x_stages.shape[2]
-    ready = full.index((step + index) % X_STAGES)
-    x_stage = x_stages.index((step + index) % X_STAGES)
+    s = (step + index) % X_STAGES
+    ready = full.index(s)
+    x_halves = halves_of(x_stages)
     k = index * BLOCK_K
     if DIVISOR == 0:
-        mbarrier.expect(ready, x_stages.shape[1] * BLOCK_K * 2)
-        tma.async_copy_global_to_shared(desc, [row, k], ready, x_stage)
+        mbarrier.expect(ready, 2 * ROWS * BLOCK_K * 2, pred=whole)
+        mbarrier.expect(ready, ROWS * BLOCK_K * 2, pred=whole == 0)
+        tma.async_copy_global_to_shared(desc, [row, k], ready, x_halves.index(2 * s))
+        tma.async_copy_global_to_shared(desc, [row + ROWS, k], ready, x_halves.index(2 * s + 1), pred=whole)
     else:
         offs_k = gl.arange(0, BLOCK_K, layout=gl.SliceLayout(0, layout))
-        if EVEN_K:
-            mask = (offs_k >= 0)[None, :] & row_ok[:, None]
-        else:
-            mask = (offs_k < K - k)[None, :] & row_ok[:, None]
-        async_copy.async_copy_global_to_shared(x_stage, pointers + k, mask=mask)
+        inside = (offs_k >= 0)[None, :] if EVEN_K else (offs_k < K - k)[None, :]
+        async_copy.async_copy_global_to_shared(x_halves.index(2 * s), upper[0] + k, mask=inside & upper[1][:, None])
+        if whole:
+            lower_half = x_halves.index(2 * s + 1)
+            async_copy.async_copy_global_to_shared(lower_half, lower[0] + k, mask=inside & lower[1][:, None])
         async_copy.mbarrier_arrive(ready, increment_count=False)
 
 
 @gluon.jit
-def _rows_of(expert, row0, row_end, slot, x_ptr, num_experts, K, lane, offs_k, DIVISOR: gl.constexpr):
-    """(row for TMA, pointers to the first columns, which rows to read) of a tile; of dropped rows zeros are read."""
+def halves_of(x_stages):
+    """The stages of x as upper and lower halves in turn."""
+    ROWS: gl.constexpr = x_stages.shape[1] // 2
+    BLOCK_K: gl.constexpr = x_stages.shape[2]
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_K], x_stages.dtype)
+    return x_stages._reinterpret(x_stages.dtype, [2 * x_stages.shape[0], ROWS, BLOCK_K], layout)
+
+
+@gluon.jit
+def _rows_of(
+    expert, row0, row_end, slots, x_ptr, num_experts, K, lane, offs_k, DIVISOR: gl.constexpr, CLAIM: gl.constexpr
+):
+    """(row for TMA; of each half of a tile pointers to the first columns, and which rows to read; whether there are
+    rows in the lower half); of dropped rows zeros are read."""
     kept = expert < num_experts
+    ROWS: gl.constexpr = lane.shape[0]
+    whole = row_end - row0 > ROWS if CLAIM else row_end >= row0  # in turn: always
     if DIVISOR == 0:
-        return gl.where(kept, row0, RAGGED), x_ptr, kept
+        return gl.where(kept, row0, RAGGED), x_ptr, x_ptr, whole
     else:
-        pointers = x_ptr + (slot // DIVISOR).to(gl.int64)[:, None] * K + offs_k[None, :]
-        return row0, pointers, (row0 + lane < row_end) & kept
+        upper = x_ptr + (slots[0] // DIVISOR).to(gl.int64)[:, None] * K + offs_k[None, :]
+        lower = x_ptr + (slots[1] // DIVISOR).to(gl.int64)[:, None] * K + offs_k[None, :]
+        last = gl.where(kept, row_end, 0)
+        return row0, (upper, row0 + lane < last), (lower, row0 + ROWS + lane < last), whole
 
 
 @gluon.jit
@@ -155,6 +190,12 @@ def _copy_steps(
 
 
 @gluon.jit
+def _slots_of_halves(rows, end, gather_ptr, DIVISOR: gl.constexpr):
+    """The slots of a tile's upper rows and of its lower ones."""
+    return slots_of(rows, end, gather_ptr, DIVISOR), slots_of(rows + rows.shape[0], end, gather_ptr, DIVISOR)
+
+
+@gluon.jit
 def producer(
     inputs,
     tables,
@@ -176,33 +217,32 @@ def producer(
     Tiles go round in turn, or are claimed (CLAIM), late, so that they are begun in their order. Claim, place and slots
     wait for one another; each is asked for a few steps before it is needed.
     """
-    offsets_ptr, gather_ptr, counter_ptr = tables[2], tables[3], tables[4]
+    gather_ptr, counter_ptr = tables[3], tables[4]
     num_m, num_n, num_experts, K, _, M = sizes
     x_desc, w_desc, x_ptr = inputs
     EXTRA: gl.constexpr = ring[0].shape[0] - ring[1].shape[0]
-    BLOCK_M: gl.constexpr = ring[0].shape[1]
+    ROWS: gl.constexpr = ring[0].shape[1] // 2
     BLOCK_K: gl.constexpr = ring[0].shape[2]
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_K, BLOCK_K // 8], [PRODUCERS, 1], [1, 0])
-    lane = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, layout))
+    lane = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
     offs_k = gl.arange(0, BLOCK_K, layout=gl.SliceLayout(0, layout))
     tiles = num_m * num_n
     steps = gl.maximum(gl.cdiv(K, BLOCK_K), LEAST)
     tile = gl.program_id(0)
-    expert, row0, tile_n = place_of(tile, tables, num_m, num_n, num_experts, GROUP_M)
-    row_end = gl.load(offsets_ptr + expert + 1)
-    slot = slots_of(row0 + lane, M, gather_ptr, DIVISOR)
+    expert, row0, row_end, tile_n = place_of(tile, tables, num_m, num_n, num_experts, 2 * ROWS, GROUP_M)
+    slots = _slots_of_halves(row0 + lane, M, gather_ptr, DIVISOR)
     step = 0
     turn = 0
     if EXTRA > 0:
         if tile < tiles:
-            rows = _rows_of(expert, row0, row_end, slot, x_ptr, num_experts, K, lane, offs_k, DIVISOR)
+            rows = _rows_of(expert, row0, row_end, slots, x_ptr, num_experts, K, lane, offs_k, DIVISOR, CLAIM)
             _copy_x(0, step, rows, x_desc, K, ring, DIVISOR, EVEN_K, layout)
     while tile < tiles:
         # dropped rows take LEAST products, of zeros, so that nobody is told of more tiles than `news` hold
         count = gl.where(expert < num_experts, steps, LEAST)
         tell(news, turn, count, row0, row_end, tile_n)
         place = (expert, tile_n)
-        rows = _rows_of(expert, row0, row_end, slot, x_ptr, num_experts, K, lane, offs_k, DIVISOR)
+        rows = _rows_of(expert, row0, row_end, slots, x_ptr, num_experts, K, lane, offs_k, DIVISOR, CLAIM)
         second = gl.maximum(count - 2 * AHEAD, 0)
         third = gl.maximum(count - AHEAD, 0)
         if CLAIM:
@@ -215,20 +255,19 @@ def producer(
         else:
             _copy_steps(0, second, step, place, rows, inputs, K, ring, DIVISOR, WIDE_W, TRANS_W, EVEN_K, layout)
             tile += gl.num_programs(0)
-        next_expert, next_row0, next_n = place_of(tile, tables, num_m, num_n, num_experts, GROUP_M)
+        next_expert, next_row0, next_end, next_n = place_of(tile, tables, num_m, num_n, num_experts, 2 * ROWS, GROUP_M)
         _copy_steps(second, third, step, place, rows, inputs, K, ring, DIVISOR, WIDE_W, TRANS_W, EVEN_K, layout)
-        next_end = gl.load(offsets_ptr + next_expert + 1)
-        next_slot = slots_of(next_row0 + lane, M, gather_ptr, DIVISOR)
+        next_slots = _slots_of_halves(next_row0 + lane, M, gather_ptr, DIVISOR)
         last = count - EXTRA
         _copy_steps(third, last, step, place, rows, inputs, K, ring, DIVISOR, WIDE_W, TRANS_W, EVEN_K, layout)
         if EXTRA > 0:
             _copy_w(last, step, place, w_desc, ring, WIDE_W, TRANS_W)
             if tile < tiles:
                 next_rows = _rows_of(
-                    next_expert, next_row0, next_end, next_slot, x_ptr, num_experts, K, lane, offs_k, DIVISOR
+                    next_expert, next_row0, next_end, next_slots, x_ptr, num_experts, K, lane, offs_k, DIVISOR, CLAIM
                 )
                 _copy_x(0, step + count, next_rows, x_desc, K, ring, DIVISOR, EVEN_K, layout)
-        expert, row0, row_end, tile_n, slot = next_expert, next_row0, next_end, next_n, next_slot
+        expert, row0, row_end, tile_n, slots = next_expert, next_row0, next_end, next_n, next_slots
         step += count
         turn += 1
     tell(news, turn, 0, 0, 0, 0)  # the last tile is stored under a turn without products
@@ -290,6 +329,16 @@ def _store_part(
 
 
 @gluon.jit
+def pass_by(step, ring):
+    """Give back the stage of `step` when it comes: the consumer has no rows of that tile."""
+    x_stages, w_stages, full, empty = ring
+    X_STAGES: gl.constexpr = x_stages.shape[0]
+    STAGES: gl.constexpr = w_stages.shape[0]
+    mbarrier.wait(full.index(step % X_STAGES), phase(step, X_STAGES))
+    mbarrier.arrive(empty.index(step % STAGES), count=1)
+
+
+@gluon.jit
 def _consumer(
     WHICH: gl.constexpr,
     operands,
@@ -300,6 +349,7 @@ def _consumer(
     STORE_H: gl.constexpr,
     LEAST: gl.constexpr,
     EVERY: gl.constexpr,
+    CLAIM: gl.constexpr,
 ):
     """The upper (WHICH 0) or the lower half of each tile's rows."""
     outputs, gather_ptr, width, ring, news, outs = operands
@@ -308,14 +358,12 @@ def _consumer(
     X_STAGES: gl.constexpr = x_stages.shape[0]
     STAGES: gl.constexpr = w_stages.shape[0]
     ROWS: gl.constexpr = x_stages.shape[1] // 2
-    BLOCK_K: gl.constexpr = x_stages.shape[2]
     BLOCK_N: gl.constexpr = w_stages.shape[2] if TRANS_W else w_stages.shape[1]
     QUARTER: gl.constexpr = BLOCK_N // 4
     OUT_N: gl.constexpr = BLOCK_N // 2 if MODE == SWIGLU else BLOCK_N
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // QUARTER, QUARTER // 8], [4, 1], [1, 0])
-    x_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_K], DTYPE)
-    x_halves = x_stages._reinterpret(DTYPE, [2 * X_STAGES, ROWS, BLOCK_K], x_layout)
+    x_halves = halves_of(x_stages)
     out = outs.index(WHICH)
     lane = WHICH * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
     quarters = quarters_of(gl.zeros([ROWS, BLOCK_N], DTYPE, mma))
@@ -325,7 +373,7 @@ def _consumer(
     turn = 0
     steps, row0, row_end, tile_n = told(news, turn)
     while steps >= 0:
-        if steps > 0:
+        if (steps > 0) & ((row_end - row0 > ROWS) if CLAIM and WHICH == 1 else True):
             acc = gl.zeros([ROWS, BLOCK_N], gl.float32, mma)
             for index in gl.static_range(LEAST):
                 s = (step + index) % STAGES
@@ -358,8 +406,18 @@ def _consumer(
             mbarrier.arrive(empty.index((step + steps + STAGES - 1) % STAGES), count=1)
             quarters = quarters_of(acc.to(DTYPE))
         else:
-            for part in gl.static_range((LEAST + EVERY - 1) // EVERY):
-                _store_part(part, quarters, place, slot, outputs, out, width, layout, MODE, SCATTER, STORE_H)
+            for index in gl.static_range(LEAST):
+                if CLAIM and WHICH == 1:
+                    if steps > 0:
+                        pass_by(step + index, ring)
+                if index % EVERY == 0:
+                    _store_part(
+                        index // EVERY, quarters, place, slot, outputs, out, width, layout, MODE, SCATTER, STORE_H
+                    )
+            if CLAIM and WHICH == 1:
+                for index in range(LEAST, steps):
+                    pass_by(step + index, ring)
+            slot = gl.full([ROWS], -1, gl.int32, gl.SliceLayout(1, layout))  # it has no rows
         # a product, so that the compiler knows what divides the column, and moves 16 bytes at a time
         place = (row_end, RAGGED - row_end + row0 + WHICH * ROWS, tile_n * OUT_N)
         step += steps
@@ -393,6 +451,7 @@ def _specialized_rows(
     LEAST: gl.constexpr,
     EVERY: gl.constexpr,
     EVEN_K: gl.constexpr,
+    CLAIM: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr,
@@ -422,11 +481,25 @@ def _specialized_rows(
     lower: gl.constexpr = 1
     gl.warp_specialize(
         [
-            (_consumer, (upper, operands, GATHERED, MODE, TRANS_W, SCATTER, STORE_H, LEAST, EVERY)),
-            (_consumer, (lower, operands, GATHERED, MODE, TRANS_W, SCATTER, STORE_H, LEAST, EVERY)),
+            (_consumer, (upper, operands, GATHERED, MODE, TRANS_W, SCATTER, STORE_H, LEAST, EVERY, CLAIM)),
+            (_consumer, (lower, operands, GATHERED, MODE, TRANS_W, SCATTER, STORE_H, LEAST, EVERY, CLAIM)),
             (
                 producer,
-                (inputs, tables, sizes, ring, news, DIVISOR, WIDE_W, TRANS_W, EVEN_K, LEAST, GROUP_M, False, PRODUCERS),
+                (
+                    inputs,
+                    tables,
+                    sizes,
+                    ring,
+                    news,
+                    DIVISOR,
+                    WIDE_W,
+                    TRANS_W,
+                    EVEN_K,
+                    LEAST,
+                    GROUP_M,
+                    CLAIM,
+                    PRODUCERS,
+                ),
             ),
         ],
         [4, PRODUCERS],
@@ -487,7 +560,7 @@ def _launch(
     if reduced < ((parts - 1) * every + 1) * block_k:  # products of zeros cost more than they leave time
         every = 1
     least = (parts - 1) * every + 1
-    x_desc = w_desc if flags["DIVISOR"] else descriptor(x, [block_m, block_k])  # gathered rows take none
+    x_desc = w_desc if flags["DIVISOR"] else descriptor(x, [block_m // 2, block_k])  # gathered rows take none
     launch(
         name,
         _specialized_rows,
@@ -498,6 +571,7 @@ def _launch(
         LEAST=least,
         EVERY=every,
         EVEN_K=bool(flags["DIVISOR"]) and reduced % block_k == 0 and reduced >= least * block_k,
+        CLAIM=flags["MODE"] == SWIGLU.value and claims(weight),
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_K=block_k,
