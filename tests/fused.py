@@ -393,7 +393,8 @@ def indices(plan: RoutingPlan) -> tuple[Any, ...]:
 
 
 def without_tables(names: list[str]) -> list[str]:
-    return [name for name in names if name != "tile_table"]
+    """Without what depends on tiles' sides: tables, and the sum of ds over column tiles where it is a launch."""
+    return [name for name in names if name not in {"tile_table", "sum_ds"}]
 
 
 # --- reports ----------------------------------------------------------------------------------------------------------

@@ -27,11 +27,11 @@ from moefactory.triton import launch as launch_module
 from moefactory.triton.activation import swiglu_backward, swiglu_forward
 from moefactory.triton.backward_dW import dW_gemm
 from moefactory.triton.backward_dX import dX_gemm, dX_gemm_dswiglu
-from moefactory.triton.combine import combine_rows
+from moefactory.triton.combine import combine_rows, sum_parts
 from moefactory.triton.forward import Rows, forward_gemm
 from moefactory.triton.gather import gather_rows
 from moefactory.triton.plan import make_plan as fused_plan
-from moefactory.triton.router import top_k_softmax
+from moefactory.triton.router import backward_of_parts, top_k_softmax, top_k_softmax_backward
 from moefactory.triton.schedule import TileTable, tile_table
 
 WIDE, BOUND = (torch.float32, 2e-5) if GPU else (torch.float64, 1e-12)
@@ -543,6 +543,28 @@ def test_router_writes_once() -> None:
         weights, ids, _ = top_k_softmax(leaf, 3, True)
         (dlogits,) = torch.autograd.grad(weights, leaf, torch.ones_like(weights))
         recorder.check_written_once(weights.detach(), ids, dlogits)
+
+
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("number", [1, 2, 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
+def test_gradient_of_the_weights_in_parts(dtype: torch.dtype, number: int, norm: bool) -> None:
+    """[P, T*K] in float32, added in their order and rounded once: the bits of the backward that is given the sum, here
+    of 1,300 tokens with parts of very different sizes, so that another order shows."""
+    g = torch.Generator().manual_seed(5)
+    logits = torch.randn(1300, 9, generator=g).to(DEVICE, dtype)
+    _, selected, exact = top_k_softmax(logits, 3, norm)
+    scales = 10.0 ** torch.arange(number)[:, None]
+    parts = (torch.randn(number, 3900, generator=g) * scales).to(DEVICE)
+    total = parts[0].clone()
+    for part in parts[1:]:
+        total += part
+    assert torch.equal(sum_parts(parts), total)
+    saved = exact if norm else logits
+    expected = top_k_softmax_backward(total.to(dtype).view(1300, 3), saved, selected, 9, norm)
+    got = backward_of_parts(parts, dtype, saved, selected, 9, norm)
+    assert got.dtype == dtype
+    assert torch.equal(got, expected)
 
 
 # --- TMA --------------------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ..config import KernelConfigBackward_dX
 from .activation import dswiglu, swiglu
+from .combine import sum_parts
 from .forward import GROUP_M, Rows, kernel_arguments, store_tile
 from .launch import accumulator, cdiv, descriptor, launch, num_programs
 from .schedule import rows_of_tile, tile_of
@@ -227,10 +228,12 @@ def dX_gemm_dswiglu(
     *,
     dy_divisor: int = 0,
     over_h: bool = False,
+    in_parts: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dH [T*K,2I], s*A [T*K,I], ds [T*K] in float32 or float64, token order) of the down GEMM, in one kernel.
 
-    `over_h`: dH takes H's memory. A tile reads the part of H that it writes, before it writes it, and no other.
+    `in_parts`: ds as it was made, [P,T*K], for who sums over P on the way. `over_h`: dH takes H's memory. A tile reads
+    the part of H that it writes, before it writes it, and no other.
     """
     m, i = rows.gather_indices.shape[0], weight.shape[2]
     wide = torch.promote_types(dy.dtype, torch.float32)
@@ -247,4 +250,4 @@ def dX_gemm_dswiglu(
         flags = {"SCATTER": False, "DSWIGLU": True, "HAS_WEIGHTS": routing_weights is not None}
         outputs = (dh, dh, h, scaled_a, ds, weights)
         _launch_dX("dX_dswiglu", dy, weight, rows, config, outputs, dy_divisor=dy_divisor, **flags)
-    return dh, scaled_a, ds.sum(dim=0)
+    return dh, scaled_a, ds if in_parts else sum_parts(ds)

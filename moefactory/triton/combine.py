@@ -14,6 +14,8 @@ pass. The second sum is a small product, done while the rows come.
     gate        [E, H]
     rows (dY)   [T*K, H]    as above
     dx (dX)     [T, H]      token order
+
+ds[slot] = sum over p of parts[p, slot]: of the routing weights' gradient, which each column tile makes a part of.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from torch import Tensor
 from .launch import accumulator, cdiv, launch, power_of_2
 
 BLOCK_H = 1024
+PARTS_BLOCK = 1024
 SUM_T, SUM_H = 64, 64  # of a program of the sum that has the router's part: sides of a small product
 
 
@@ -128,3 +131,28 @@ def sum_dX(
     meta = {"TOP_K": top_k, "UNPERMUTE": not token_order, "ACC": accumulator(rows.dtype), **sides}
     launch("sum_dX", _sum_dX, grid, *args, **meta, BLOCK_E=min(max(16, power_of_2(experts)), 128), num_warps=4)
     return dx
+
+
+@triton.jit
+def part_sum(parts_ptr, offsets, mask, parts, M):
+    """The sum of `parts` values, each M after the one before, in their order."""
+    total = tl.load(parts_ptr + offsets, mask=mask, other=0.0)
+    for part in range(1, parts):
+        total += tl.load(parts_ptr + offsets + part * tl.cast(M, tl.int64), mask=mask, other=0.0)
+    return total
+
+
+@triton.jit
+def _sum_parts(parts_ptr, out_ptr, parts, M, BLOCK: tl.constexpr):
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out_ptr + offsets, part_sum(parts_ptr, offsets, offsets < M, parts, M), mask=offsets < M)
+
+
+def sum_parts(parts: Tensor) -> Tensor:
+    """[M]: the sum of `parts` [P,M] over P, in the parts' dtype."""
+    number, size = parts.shape
+    if number == 1 or not size:
+        return parts[0]
+    out = torch.empty(size, dtype=parts.dtype, device=parts.device)
+    launch("sum_ds", _sum_parts, (cdiv(size, PARTS_BLOCK),), parts, out, number, size, BLOCK=PARTS_BLOCK)
+    return out

@@ -134,16 +134,26 @@ class Pipeline:
         return y.clone() if options.permute_y else gather_rows(y, self.scatter, 1)
 
     def d_down(
-        self, dout: Tensor, h: Tensor, routing_weights: Tensor, *, need_dh: bool, need_dw: bool
+        self,
+        dout: Tensor,
+        h: Tensor,
+        routing_weights: Tensor,
+        *,
+        need_dh: bool,
+        need_dw: bool,
+        in_parts: bool = False,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """(dH [T*K,2I], ds [T*K], ddown_proj) of dout, [T,H] with fuse_combine, else [T*K,H] in token order."""
+        """(dH [T*K,2I], ds [T*K], ddown_proj) of dout, [T,H] with fuse_combine, else [T*K,H] in token order.
+
+        `in_parts`: ds is [P,T*K], and its sum over P counts.
+        """
         options = self.options
         divisor = options.top_k if options.fuse_combine else 1
         weights = routing_weights.reshape(-1) if options.fuse_combine else None
         dy, dy_divisor = (dout, divisor) if options.permute_y else (self._take(dout, divisor), 0)
         dh = ds = dw = None
         if need_dh:
-            dh, scaled_a, ds = self._d_activation(dy, dy_divisor, h, weights)
+            dh, scaled_a, ds = self._d_activation(dy, dy_divisor, h, weights, in_parts)
         else:
             scaled_a = swiglu_forward(h, self.gather, weights)
         if need_dw:
@@ -155,17 +165,17 @@ class Pipeline:
         return dh, ds, dw
 
     def _d_activation(
-        self, dy: Tensor, dy_divisor: int, h: Tensor, weights: Tensor | None
+        self, dy: Tensor, dy_divisor: int, h: Tensor, weights: Tensor | None, in_parts: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         config = self._config("bwd_dX", "down")
         rows = self._rows(config.block_m)
         over_h = self.options.saved == "h_reused"
         if self.options.fuse_swiglu:
-            return dX_gemm_dswiglu(
-                dy, self.weights["down"], h, weights, rows, config, dy_divisor=dy_divisor, over_h=over_h  # type: ignore[arg-type]
-            )  # fmt: skip
+            how = {"dy_divisor": dy_divisor, "over_h": over_h, "in_parts": in_parts}
+            return dX_gemm_dswiglu(dy, self.weights["down"], h, weights, rows, config, **how)  # type: ignore[arg-type]
         da = dX_gemm(dy, self.weights["down"], rows, config, dy_divisor=dy_divisor)  # type: ignore[arg-type]
-        return swiglu_backward(da, h, self.gather, weights, over_h=over_h)
+        dh, scaled_a, ds = swiglu_backward(da, h, self.gather, weights, over_h=over_h)
+        return dh, scaled_a, ds.unsqueeze(0) if in_parts else ds
 
     def _rows_of_dW(self) -> Rows:
         """dW walks experts, not row tiles: no table."""

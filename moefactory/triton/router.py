@@ -7,7 +7,7 @@ backward   dp[id_k] = (dw[k] - sum_j dw[j] w[j]) / S  (norm_topk_prob), else dw[
 
 argument           shape    order
 logits, dlogits    [T, E]   token order
-weights, dweights  [T, K]   token order
+weights, dweights  [T, K]   token order; dweights also as the sum of parts [P, T*K], rounded like the weights
 selected           [T, K]   int64
 """
 
@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .combine import part_sum
 from .launch import accumulator, cdiv, launch, on_device, power_of_2
 from .library import call, define, differentiate, no_second_derivative, refuse_forward_mode
 
@@ -83,11 +84,23 @@ def _route_forward(
 
 
 @triton.jit
-def _slot(selected_ptr, dweights_ptr, offs_t, row_mask, offs_e, k, TOP_K: tl.constexpr, ACC: tl.constexpr):
+def _slot(
+    selected_ptr,
+    dweights_ptr,
+    offs_t,
+    row_mask,
+    offs_e,
+    k,
+    parts,
+    M,
+    OUT: tl.constexpr,
+    TOP_K: tl.constexpr,
+    ACC: tl.constexpr,
+):
     """(where slot k's expert is [BLOCK_T, EXPERTS], its weight's gradient [BLOCK_T, 1])."""
     slot = offs_t.to(tl.int64) * TOP_K + k
     expert = tl.load(selected_ptr + slot, mask=row_mask, other=0)
-    dw_k = tl.load(dweights_ptr + slot, mask=row_mask, other=0.0).to(ACC)
+    dw_k = part_sum(dweights_ptr, slot, row_mask, parts, M).to(OUT).to(ACC)
     return offs_e[None, :] == expert[:, None], dw_k[:, None]
 
 
@@ -99,6 +112,7 @@ def _route_backward(
     dlogits_ptr,
     T,
     E,
+    parts,
     TOP_K: tl.constexpr,
     NORM: tl.constexpr,
     ACC: tl.constexpr,
@@ -109,10 +123,12 @@ def _route_backward(
     offs_e = tl.arange(0, EXPERTS)
     row_mask = offs_t < T
     mask = row_mask[:, None] & (offs_e < E)[None, :]
+    M = tl.cast(T, tl.int64) * TOP_K
+    OUT: tl.constexpr = dlogits_ptr.dtype.element_ty
     w = tl.zeros((BLOCK_T, EXPERTS), ACC)
     dw = tl.zeros((BLOCK_T, EXPERTS), ACC)
     for k in tl.static_range(TOP_K):
-        here, dw_k = _slot(selected_ptr, dweights_ptr, offs_t, row_mask, offs_e, k, TOP_K, ACC)
+        here, dw_k = _slot(selected_ptr, dweights_ptr, offs_t, row_mask, offs_e, k, parts, M, OUT, TOP_K, ACC)
         dw += tl.where(here, dw_k, 0.0)
         if NORM:
             w_k = tl.load(saved_ptr + offs_t.to(tl.int64) * TOP_K + k, mask=row_mask, other=0.0).to(ACC)
@@ -122,7 +138,7 @@ def _route_backward(
         # numbers cancel, and with one expert, or for one not selected, the gradient is exactly 0
         inner = tl.zeros((BLOCK_T, EXPERTS), ACC)
         for k in tl.static_range(TOP_K):
-            here, dw_k = _slot(selected_ptr, dweights_ptr, offs_t, row_mask, offs_e, k, TOP_K, ACC)
+            here, dw_k = _slot(selected_ptr, dweights_ptr, offs_t, row_mask, offs_e, k, parts, M, OUT, TOP_K, ACC)
             inner += tl.sum(tl.where(here, w, 0.0), axis=1)[:, None] * (dw - dw_k)
         dlogits = w * inner
     else:
@@ -181,13 +197,21 @@ def top_k_softmax_backward(
     dweights: Tensor, saved: Tensor, selected: Tensor, num_experts: int, norm_topk_prob: bool
 ) -> Tensor:
     """dlogits [T,E] of dweights [T,K]; `saved`: the weights before the cast with norm_topk_prob, else the logits."""
-    tokens = dweights.shape[0]
-    dlogits = torch.empty(tokens, num_experts, dtype=dweights.dtype, device=dweights.device)
+    parts = dweights.contiguous().view(1, -1)
+    return backward_of_parts(parts, dweights.dtype, saved, selected, num_experts, norm_topk_prob)
+
+
+def backward_of_parts(
+    parts: Tensor, dtype: torch.dtype, saved: Tensor, selected: Tensor, num_experts: int, norm_topk_prob: bool
+) -> Tensor:
+    """dlogits [T,E] in `dtype` of dweights that are the sum of `parts` [P,T*K] over P, rounded to `dtype`."""
+    tokens, top_k = selected.shape
+    dlogits = torch.empty(tokens, num_experts, dtype=dtype, device=parts.device)
     if tokens:
-        meta = _meta(dlogits, selected.shape[1], norm_topk_prob)
+        meta = _meta(dlogits, top_k, norm_topk_prob)
         grid = (cdiv(tokens, BLOCK_T),)
-        with on_device(dweights.device):
-            args = (saved.contiguous(), selected, dweights.contiguous(), dlogits, tokens, num_experts)
+        with on_device(parts.device):
+            args = (saved.contiguous(), selected, parts, dlogits, tokens, num_experts, parts.shape[0])
             launch("route_backward", _route_backward, grid, *args, **meta)
     return dlogits
 

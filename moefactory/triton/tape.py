@@ -16,7 +16,7 @@ from torch import Tensor
 from .direct import Direct, current_stream, tensor_map
 from .launch import _recorders
 
-MAX_SCRATCH = 1 << 20  # bytes in one piece, freed at the end of the call; what is larger, after its last use
+MAX_SCRATCH = 32 << 20  # bytes in one piece, freed at the end of the call; what is larger, after its last use
 ALIGNED = 256
 
 Step = Callable[[list[Any], list[Any], int], None]  # of tensors by slot, values by index, and the stream

@@ -33,7 +33,7 @@ from .ops import check_weights, empty_gradients, refuse_compiled_reuse, spend
 from .options import FusedOptions, parse
 from .pipeline import Pipeline, config_of, empty_like_none
 from .plan import plan_tensors
-from .router import top_k_softmax, top_k_softmax_backward
+from .router import backward_of_parts, top_k_softmax
 
 Three = tuple[Tensor, Tensor, Tensor]
 
@@ -168,11 +168,12 @@ def block_backward(
     with on_device(x.device):
         if pipeline.options.saved == "x":
             h = pipeline.h_again(x)
-        dh, ds, d_down = pipeline.d_down(dout, h, routing_weights, need_dh=any(needs[:3]), need_dw=need_down)
-        if ds is not None and (need_x or need_gate):
-            dweights = ds.to(routing_weights.dtype).view(routing_weights.shape)
-            experts = gate.shape[0]
-            d_router = plain(top_k_softmax_backward)(dweights, routed, selected_experts, experts, norm_topk_prob)
+        dh, parts, d_down = pipeline.d_down(
+            dout, h, routing_weights, need_dh=any(needs[:3]), need_dw=need_down, in_parts=True
+        )
+        if parts is not None and (need_x or need_gate):
+            dtype, experts = routing_weights.dtype, gate.shape[0]
+            d_router = backward_of_parts(parts, dtype, routed, selected_experts, experts, norm_topk_prob)
             d_router = d_router if dlogits is None else d_router + dlogits
             d_gate = d_router.t() @ x if need_gate else None
         if dh is not None and d_router is not None and need_x:
