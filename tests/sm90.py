@@ -180,7 +180,8 @@ def _recorded(variant: Variant) -> tuple[Any, dict[str, Any], dict[str, Any]]:
         else:
             scores = matrix(ROWS) if flags else None
             h = matrix(ROWS, 2 * width)
-            backward_dX.dX_gemm_dswiglu(dy, weight, h, scores, rows, kernel_config, dy_divisor=divisor)
+            how = {"dy_divisor": divisor, "in_parts": True}  # no sum, which would be a second launch
+            backward_dX.dX_gemm_dswiglu(dy, weight, h, scores, rows, kernel_config, **how)
     else:
         dy, x = matrix(ROWS, hidden), matrix(ROWS, width)
         kernel_config = config.KernelConfigBackward_dW(**TILES[variant.kernel], warp_specialize=True)

@@ -155,10 +155,10 @@ def expected_launches(block: Qwen3MoeFusedGroupedGEMMBlock, tokens: int) -> list
         return []
     needs = (not config.dW_only, True, not config.dX_only, not config.dX_only)
     flags = flags_of(config)
-    front = fused.expected_front(tokens, block.model.num_experts, block.model.top_k)
+    whole = flags["fuse_combine"] and not config.trace  # else the router is a node of autograd of its own
+    front = fused.expected_front(tokens, block.model.num_experts, block.model.top_k, whole=whole)
     dW = {one.gemm: choose(one, block.gate.device)[0] for one in launches(block, tokens) if one.pass_name == "bwd_dW"}
     first = dW["up"].gather_first, dW["down"].gather_first  # type: ignore[union-attr]
-    whole = flags["fuse_combine"] and not config.trace  # else the router is a node of autograd of its own
     back = [*fused.expected_backward(flags, needs, first, router=whole), *([] if whole else ["route_backward"])]
     again = [] if config.saved is not Saved.x else ["forward"] if config.permute_x else ["gather_rows", "forward"]
     return [*front, *fused.expected_forward(flags), *again, *back]

@@ -30,8 +30,15 @@ from moefactory.triton.backward_dX import dX_gemm, dX_gemm_dswiglu
 from moefactory.triton.combine import combine_rows, sum_parts
 from moefactory.triton.forward import Rows, forward_gemm
 from moefactory.triton.gather import gather_rows
+from moefactory.triton.plan import BLOCK, plan_and_table, plan_tensors
 from moefactory.triton.plan import make_plan as fused_plan
-from moefactory.triton.router import backward_of_parts, top_k_softmax, top_k_softmax_backward
+from moefactory.triton.router import (
+    backward_of_parts,
+    counted,
+    select_and_count,
+    top_k_softmax,
+    top_k_softmax_backward,
+)
 from moefactory.triton.schedule import TileTable, tile_table
 
 WIDE, BOUND = (torch.float32, 2e-5) if GPU else (torch.float64, 1e-12)
@@ -456,6 +463,33 @@ def test_plan_with_many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         got = fused_plan(ids, 5)
     assert torch.equal(got.gather_indices, make_plan(ids, 5).gather_indices)
     recorder.check_written_once(got.gather_indices, got.scatter_indices, got.group_offsets, got.token_counts_by_expert)
+
+
+@pytest.mark.parametrize("block_m", [16, 128])
+@pytest.mark.parametrize("sizes", [(65, 5, 4), (300, 128, 8), (129, 40, 16), (130, 9, 3), (40, 200, 8)], ids=str)
+def test_counts_and_table_along_the_way(sizes: tuple[int, int, int], block_m: int) -> None:
+    """What the router counts and what `plan_positions` adds are the bits of the kernels that do it alone: last blocks
+    of a few tokens, experts without tokens, a top_k of which blocks hold no whole tokens, a table too long to be made
+    along the way."""
+    tokens, experts, top_k = sizes
+    logits = torch.randn(tokens, experts, generator=torch.Generator().manual_seed(4)).to(DEVICE)
+    logits[:, 1] = -20.0
+    alone = top_k_softmax(logits, top_k, True)
+    counts = counted(top_k, BLOCK)
+    assert counts == (top_k != 3)
+    *chosen, tile_counts = select_and_count(logits, top_k, True, BLOCK if counts else 0)
+    assert all(torch.equal(one, other) for one, other in zip(chosen, alone, strict=True))
+    plan = plan_tensors(alone[1], experts)
+    *planned, table = plan_and_table(chosen[1], experts, tile_counts, block_m)
+    assert all(torch.equal(one, other) for one, other in zip(planned, plan, strict=True))
+    right = tile_table(plan[1], tokens * top_k, block_m)
+    assert (table is None) == (right.max_tiles > 32 * -(-tokens * top_k // BLOCK))
+    if table is not None:
+        number = int(right.num_tiles[0])
+        assert table[0].shape == table[1].shape == (right.max_tiles,)
+        assert torch.equal(table[2], right.num_tiles)
+        assert torch.equal(table[0][:number], right.tile_expert[:number])
+        assert torch.equal(table[1][:number], right.tile_row[:number])
 
 
 ROUTES = [(1, 1, 1), (7, 5, 1), (9, 5, 5), (8, 8, 2), (17, 7, 3), (33, 37, 8), (3, 128, 8)]

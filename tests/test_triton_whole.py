@@ -190,7 +190,7 @@ def test_only_requested_gradients(needs: tuple[bool, ...]) -> None:
     x, gate, up, down = needs
     flags = dict.fromkeys(fused.FLAGS, True)
     expected = fused.expected_backward(flags, (x, x or gate, up, down), router=True)
-    forward = [*fused.expected_front(70, 8, 2), *fused.expected_forward(flags)]
+    forward = [*fused.expected_front(70, 8, 2, whole=True), *fused.expected_forward(flags)]
     assert fused.without_tables(names) == [*forward, *expected]
 
 

@@ -4,6 +4,9 @@
     prefix      tile_starts[b, e] = how many of the blocks before b do; token_counts_by_expert[e] = how many in all
     positions   row(slot) = offsets[e] + tile_starts[b, e] + how many slots before it in its block go to e too
 
+In the whole block the router counts (`router.select_and_count`), and positions also makes the tile table of the first
+GEMM: two launches less.
+
 Group E stands for the dropped slots (ids outside [0, E)), which come last.
 
     array            shape           index -> value
@@ -23,6 +26,7 @@ from torch import Tensor
 from ..routing import RoutingPlan, check_selected
 from .launch import cdiv, launch, on_device, power_of_2
 from .library import call, define
+from .schedule import TILES_PER_PROGRAM, most_tiles, store_tiles
 
 BLOCK = 128  # slots per program; their order within is found by comparing all pairs
 BLOCK_ALONE = 64  # slots that one program sorts faster than three launches do
@@ -104,10 +108,16 @@ def _positions(
     offsets_ptr,
     gather_ptr,
     scatter_ptr,
+    tile_expert_ptr,
+    tile_row_ptr,
+    num_tiles_ptr,
     M,
     E,
+    max_tiles,
     GROUPS: tl.constexpr,
     BLOCK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    TILES: tl.constexpr,
 ):
     block = tl.program_id(0)
     offs_g = tl.arange(0, GROUPS)
@@ -116,6 +126,9 @@ def _positions(
     if block == 0:
         tl.store(offsets_ptr + offs_g, ends - counts, mask=offs_g < E + 1)
         tl.store(offsets_ptr + E + 1, M)
+    if TILES > 0:
+        table = (tile_expert_ptr, tile_row_ptr, num_tiles_ptr)
+        store_tiles(table, ends - counts, counts, offs_g, max_tiles, BLOCK_M, TILES)
     starts = tl.load(tile_starts_ptr + block.to(tl.int64) * (E + 1) + offs_g, mask=offs_g < E + 1, other=0)
     lane = tl.arange(0, BLOCK)
     slot = block * BLOCK + lane
@@ -138,12 +151,25 @@ def _fake(selected: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, T
 @define("plan(Tensor selected, int num_experts) -> (Tensor, Tensor, Tensor, Tensor)", _fake)
 def plan_tensors(selected: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(counts [E+1], offsets [E+2], gather [T*K], scatter [T*K]), int32, of selected experts [T,K]."""
+    return plan_and_table(selected, num_experts, None, 0)[:4]
+
+
+Table = tuple[Tensor, Tensor, Tensor]
+
+
+def plan_and_table(
+    selected: Tensor, num_experts: int, tile_counts: Tensor | None, block_m: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Table | None]:
+    """`plan_tensors`, and with `block_m` the table of row tiles of that height, where it is made along the way.
+
+    `tile_counts`: the histogram, where the router has made it (`router.select_and_count`, of BLOCK slots).
+    """
     rows, device = selected.numel(), selected.device
     counts, offsets, gather, scatter = (
         torch.empty(n, dtype=torch.int32, device=device) for n in (num_experts + 1, num_experts + 2, rows, rows)
     )
     if not rows:
-        return counts.zero_(), offsets.zero_(), gather, scatter
+        return counts.zero_(), offsets.zero_(), gather, scatter, None
     selected = selected.contiguous()
     groups = power_of_2(num_experts + 1)
     if rows <= BLOCK_ALONE:
@@ -159,19 +185,26 @@ def plan_tensors(selected: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Te
                 GROUPS=groups,
                 BLOCK=max(16, power_of_2(rows)),
             )
-        return counts, offsets, gather, scatter
+        return counts, offsets, gather, scatter, None
     blocks = cdiv(rows, BLOCK)
-    tile_counts = torch.empty(blocks, num_experts + 1, dtype=torch.int32, device=device)
+    known = tile_counts is not None
+    if tile_counts is None:
+        tile_counts = torch.empty(blocks, num_experts + 1, dtype=torch.int32, device=device)
     tile_starts = torch.empty_like(tile_counts)
+    max_tiles = most_tiles(num_experts + 1, rows, block_m) if block_m else 0
+    tiles = power_of_2(cdiv(max_tiles, blocks)) if 0 < max_tiles <= TILES_PER_PROGRAM * blocks else 0
+    made = tuple(torch.empty(n, dtype=torch.int32, device=device) for n in (max_tiles, max_tiles, 2) if tiles)
     block = {"GROUPS": groups, "BLOCK": BLOCK}
     with on_device(device):
-        launch("plan_histogram", _histogram, (blocks,), selected, tile_counts, rows, num_experts, **block)
+        if not known:
+            launch("plan_histogram", _histogram, (blocks,), selected, tile_counts, rows, num_experts, **block)
         prefix = {"PREFIX_BLOCKS": min(PREFIX_BLOCKS, power_of_2(blocks)), "PREFIX_GROUPS": PREFIX_GROUPS}
         grid = (cdiv(num_experts + 1, PREFIX_GROUPS),)
         launch("plan_prefix", _prefix, grid, tile_counts, tile_starts, counts, blocks, num_experts, **prefix)
-        args = (selected, tile_starts, counts, offsets, gather, scatter, rows, num_experts)
-        launch("plan_positions", _positions, (blocks,), *args, **block)
-    return counts, offsets, gather, scatter
+        args = (selected, tile_starts, counts, offsets, gather, scatter, *(made or (counts,) * 3), rows, num_experts)
+        table = {"BLOCK_M": max(block_m, 1), "TILES": tiles}
+        launch("plan_positions", _positions, (blocks,), *args, max_tiles, **block, **table)
+    return counts, offsets, gather, scatter, (made[0], made[1], made[2]) if made else None
 
 
 def make_plan(selected_experts: Tensor, num_experts: int) -> RoutingPlan:

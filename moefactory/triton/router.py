@@ -45,10 +45,12 @@ def _route_forward(
     weights_ptr,
     selected_ptr,
     exact_ptr,
+    tile_counts_ptr,
     T,
     E,
     TOP_K: tl.constexpr,
     SLOTS: tl.constexpr,
+    GROUPS: tl.constexpr,
     NORM: tl.constexpr,
     ACC: tl.constexpr,
     EXPERTS: tl.constexpr,
@@ -81,6 +83,13 @@ def _route_forward(
     tl.store(selected_ptr + out, selected.to(tl.int64), mask=mask)
     if NORM:
         tl.store(exact_ptr + out, weights, mask=mask)
+    if GROUPS > 0:  # the plan's histogram, of a block of slots: none is dropped
+        slots = tl.reshape(selected, (BLOCK_T * SLOTS,))
+        counts = tl.histogram(
+            slots, GROUPS, mask=tl.reshape(tl.broadcast_to(mask, (BLOCK_T, SLOTS)), (BLOCK_T * SLOTS,))
+        )
+        offs_g = tl.arange(0, GROUPS)
+        tl.store(tile_counts_ptr + tl.program_id(0).to(tl.int64) * (E + 1) + offs_g, counts, mask=offs_g < E + 1)
 
 
 @triton.jit
@@ -148,9 +157,11 @@ def _route_backward(
     tl.store(out, dlogits.to(dlogits_ptr.dtype.element_ty), mask=mask)
 
 
-def _meta(logits: Tensor, top_k: int, norm: bool) -> dict[str, Any]:
+def _meta(logits: Tensor, top_k: int, norm: bool, block_t: int = BLOCK_T) -> dict[str, Any]:
     experts = power_of_2(logits.shape[1])
-    return {"TOP_K": top_k, "NORM": norm, "ACC": accumulator(logits.dtype), "EXPERTS": experts, "BLOCK_T": BLOCK_T}
+    # as many logits a thread whatever the block: the same sums, in the same order
+    layout = {"EXPERTS": experts, "BLOCK_T": block_t, "num_warps": block_t // 2}
+    return {"TOP_K": top_k, "NORM": norm, "ACC": accumulator(logits.dtype), **layout}
 
 
 def _exact(logits: Tensor, top_k: int, norm_topk_prob: bool) -> Tensor:
@@ -171,17 +182,32 @@ def top_k_softmax(logits: Tensor, top_k: int, norm_topk_prob: bool) -> tuple[Ten
 
     The last is empty without norm_topk_prob: the backward then needs every probability, and makes them from the logits.
     """
+    return select_and_count(logits, top_k, norm_topk_prob, 0)[:3]
+
+
+def counted(top_k: int, slots: int) -> bool:
+    """Whether `select_and_count` counts blocks of `slots` slots: whole tokens, and no more than a program holds."""
+    return slots % top_k == 0 and 8 <= slots // top_k <= 32
+
+
+def select_and_count(
+    logits: Tensor, top_k: int, norm_topk_prob: bool, slots: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """`top_k_softmax`, and the plan's tile_counts [blocks, E+1] of blocks of `slots` slots; with 0, None."""
     tokens, experts = logits.shape
     exact = _exact(logits, top_k, norm_topk_prob)
     weights = torch.empty(tokens, top_k, dtype=logits.dtype, device=logits.device)
     selected = torch.empty(tokens, top_k, dtype=torch.int64, device=logits.device)
+    block_t = slots // top_k if slots else BLOCK_T
+    blocks = cdiv(tokens, block_t)
+    counts = torch.empty(blocks, experts + 1, dtype=torch.int32, device=logits.device) if slots else None
     if tokens:
-        meta = {**_meta(logits, top_k, norm_topk_prob), "SLOTS": power_of_2(top_k)}
-        grid = (cdiv(tokens, BLOCK_T),)
+        meta = _meta(logits, top_k, norm_topk_prob, block_t)
+        meta |= {"SLOTS": power_of_2(top_k), "GROUPS": power_of_2(experts + 1) if slots else 0}
         with on_device(logits.device):
-            args = (logits.contiguous(), weights, selected, exact, tokens, experts)
-            launch("route_forward", _route_forward, grid, *args, **meta)
-    return weights, selected, exact
+            args = (logits.contiguous(), weights, selected, exact, weights if counts is None else counts)
+            launch("route_forward", _route_forward, (blocks,), *args, tokens, experts, **meta)
+    return weights, selected, exact, counts
 
 
 def _backward_fake(dweights: Tensor, saved: Tensor, selected: Tensor, num_experts: int, norm_topk_prob: bool) -> Tensor:

@@ -42,7 +42,15 @@ def _tile_table(
     group_mask = offs_g < num_groups
     first = tl.load(expert_offsets_ptr + offs_g, mask=group_mask, other=0)  # [GROUPS]
     last = tl.load(expert_offsets_ptr + offs_g + 1, mask=group_mask, other=0)
-    tiles = (last - first + BLOCK_M - 1) // BLOCK_M
+    table = (tile_expert_ptr, tile_row_ptr, num_tiles_ptr)
+    store_tiles(table, first, last - first, offs_g, max_tiles, BLOCK_M, TILES)
+
+
+@triton.jit
+def store_tiles(table, first, counts, offs_g, max_tiles, BLOCK_M: tl.constexpr, TILES: tl.constexpr):
+    """This program's TILES entries of the table of groups with `counts` rows from `first` on."""
+    tile_expert_ptr, tile_row_ptr, num_tiles_ptr = table
+    tiles = (counts + BLOCK_M - 1) // BLOCK_M
     ends = tl.cumsum(tiles, axis=0)
     total = tl.sum(tiles, axis=0)
     offs_t = tl.program_id(0) * TILES + tl.arange(0, TILES)
@@ -93,10 +101,15 @@ class TileTable:
     max_tiles: int
 
 
+def most_tiles(groups: int, num_rows: int, block_m: int) -> int:
+    """How many row tiles there are at most, whatever the routing."""
+    return num_rows // block_m + min(groups, num_rows)
+
+
 def tile_table(expert_offsets: Tensor, num_rows: int, block_m: int) -> TileTable:
     """Cut every expert's rows into tiles of `block_m`: one launch, no host synchronisation."""
     groups = expert_offsets.shape[0] - 1
-    max_tiles = num_rows // block_m + min(groups, num_rows)
+    max_tiles = most_tiles(groups, num_rows, block_m)
     tile_expert = torch.empty(max_tiles, dtype=torch.int32, device=expert_offsets.device)
     tile_row = torch.empty_like(tile_expert)
     num_tiles = torch.empty(2, dtype=torch.int32, device=expert_offsets.device)

@@ -32,8 +32,8 @@ from .library import call, define, differentiate, no_second_derivative, plain, r
 from .ops import check_weights, empty_gradients, refuse_compiled_reuse, spend
 from .options import FusedOptions, parse
 from .pipeline import Pipeline, config_of, empty_like_none
-from .plan import plan_tensors
-from .router import backward_of_parts, top_k_softmax
+from .plan import BLOCK, BLOCK_ALONE, plan_and_table
+from .router import backward_of_parts, counted, select_and_count
 
 Three = tuple[Tensor, Tensor, Tensor]
 
@@ -75,9 +75,11 @@ def _routed(
         out = plain(route_few_tokens)(logits, options.top_k, norm_topk_prob, block_m)
         weights, selected, exact, _, offsets, gather, scatter, *table = out
         return (weights, selected, exact), (offsets, gather, scatter), (table[0], table[1], table[2]), block_m
-    weights, selected, exact = plain(top_k_softmax)(logits, options.top_k, norm_topk_prob)
-    _, offsets, gather, scatter = plain(plan_tensors)(selected, experts)
-    return (weights, selected, exact), (offsets, gather, scatter), None, 0
+    block_m = _block_m(gate_up_proj, tokens * options.top_k, options) if tokens else 0
+    slots = BLOCK if tokens * options.top_k > BLOCK_ALONE and counted(options.top_k, BLOCK) else 0
+    weights, selected, exact, counts = select_and_count(logits, options.top_k, norm_topk_prob, slots)
+    _, offsets, gather, scatter, made = plan_and_table(selected, experts, counts, block_m)
+    return (weights, selected, exact), (offsets, gather, scatter), made, block_m
 
 
 def _block_forward(
