@@ -340,12 +340,12 @@ def fused_block(model: ResolvedModel, dtype: torch.dtype, seed: int = 0, **more:
 
 def expected_front(tokens: int, experts: int, top_k: int, *, whole: bool) -> list[str]:
     """The kernels from the logits to the plan, for at least one token; where the block is one operator the router
-    counts for the plan if a block of slots is 8, 16 or 32 tokens."""
+    counts for the plan if a block of slots is 8, 16 or 32 tokens, of at most 128 experts."""
     if few_tokens.few(tokens, experts):
         return ["route_few_tokens"]
     if tokens * top_k <= BLOCK_ALONE:
         return ["route_forward", "plan_alone"]
-    counted = whole and top_k in {4, 8, 16}
+    counted = whole and top_k in {4, 8, 16} and experts <= 128
     return ["route_forward", *([] if counted else ["plan_histogram"]), "plan_prefix", "plan_positions"]
 
 

@@ -200,8 +200,8 @@ DEFECTS: dict[str, Defect] = {
     ),
     "tiles: a ragged tile missing": Defect(
         "schedule.py",
-        "(last - first + BLOCK_M - 1) // BLOCK_M",
-        "(last - first + 1) // BLOCK_M",
+        "(counts + BLOCK_M - 1) // BLOCK_M",
+        "(counts + 1) // BLOCK_M",
     ),
     "tiles: each expert from its first row": Defect(
         "schedule.py",

@@ -469,14 +469,14 @@ def test_plan_with_many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("sizes", [(65, 5, 4), (300, 128, 8), (129, 40, 16), (130, 9, 3), (40, 200, 8)], ids=str)
 def test_counts_and_table_along_the_way(sizes: tuple[int, int, int], block_m: int) -> None:
     """What the router counts and what `plan_positions` adds are the bits of the kernels that do it alone: last blocks
-    of a few tokens, experts without tokens, a top_k of which blocks hold no whole tokens, a table too long to be made
-    along the way."""
+    of a few tokens, experts without tokens, a top_k of which blocks hold no whole tokens, more experts than a warp has
+    in a row, a table too long to be made along the way."""
     tokens, experts, top_k = sizes
     logits = torch.randn(tokens, experts, generator=torch.Generator().manual_seed(4)).to(DEVICE)
     logits[:, 1] = -20.0
     alone = top_k_softmax(logits, top_k, True)
-    counts = counted(top_k, BLOCK)
-    assert counts == (top_k != 3)
+    counts = counted(top_k, experts, BLOCK)
+    assert counts == (top_k != 3 and experts <= 128)
     *chosen, tile_counts = select_and_count(logits, top_k, True, BLOCK if counts else 0)
     assert all(torch.equal(one, other) for one, other in zip(chosen, alone, strict=True))
     plan = plan_tensors(alone[1], experts)

@@ -159,7 +159,7 @@ def _route_backward(
 
 def _meta(logits: Tensor, top_k: int, norm: bool, block_t: int = BLOCK_T) -> dict[str, Any]:
     experts = power_of_2(logits.shape[1])
-    # as many logits a thread whatever the block: the same sums, in the same order
+    # as many logits a thread whatever the block: for up to 128 experts the same sums, in the same order
     layout = {"EXPERTS": experts, "BLOCK_T": block_t, "num_warps": block_t // 2}
     return {"TOP_K": top_k, "NORM": norm, "ACC": accumulator(logits.dtype), **layout}
 
@@ -185,9 +185,12 @@ def top_k_softmax(logits: Tensor, top_k: int, norm_topk_prob: bool) -> tuple[Ten
     return select_and_count(logits, top_k, norm_topk_prob, 0)[:3]
 
 
-def counted(top_k: int, slots: int) -> bool:
-    """Whether `select_and_count` counts blocks of `slots` slots: whole tokens, and no more than a program holds."""
-    return slots % top_k == 0 and 8 <= slots // top_k <= 32
+def counted(top_k: int, num_experts: int, slots: int) -> bool:
+    """Whether `select_and_count` counts blocks of `slots` slots: whole tokens, and no more than a program holds.
+
+    A row of more than 128 logits is divided among the program's warps, in a larger program among more: other sums.
+    """
+    return num_experts <= 128 and slots % top_k == 0 and 8 <= slots // top_k <= 32
 
 
 def select_and_count(

@@ -76,7 +76,7 @@ def _routed(
         weights, selected, exact, _, offsets, gather, scatter, *table = out
         return (weights, selected, exact), (offsets, gather, scatter), (table[0], table[1], table[2]), block_m
     block_m = _block_m(gate_up_proj, tokens * options.top_k, options) if tokens else 0
-    slots = BLOCK if tokens * options.top_k > BLOCK_ALONE and counted(options.top_k, BLOCK) else 0
+    slots = BLOCK if tokens * options.top_k > BLOCK_ALONE and counted(options.top_k, experts, BLOCK) else 0
     weights, selected, exact, counts = select_and_count(logits, options.top_k, norm_topk_prob, slots)
     _, offsets, gather, scatter, made = plan_and_table(selected, experts, counts, block_m)
     return (weights, selected, exact), (offsets, gather, scatter), made, block_m
