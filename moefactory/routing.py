@@ -33,7 +33,7 @@ class RoutingPlan:
         top_k: K.
         offsets: [E+2] int32, `group_offsets` where it was made along the way; else it is made when asked for.
         table: the tile table of `moefactory.triton.schedule` where it was made along the way: tile_expert, tile_row
-            and num_tiles of row tiles of `block_m`.
+            and num_tiles of row tiles of `block_m`. Warp-specialised kernels count in it: one stream at a time.
         block_m: 0 without a table.
     """
 

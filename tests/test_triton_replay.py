@@ -219,8 +219,10 @@ def test_recording_keeps_no_memory_alive(playing: Any) -> None:
 
 
 @pytest.mark.gpu
-def test_no_step_needs_more_memory_than_the_first() -> None:
-    """The step that is recorded and those that are played, at sizes where buffers take turns."""
+def test_no_step_needs_more_memory_than_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step that is recorded and those that are played, at sizes where buffers take turns: a buffer is 16 MiB, what
+    is in one piece until the end 1."""
+    monkeypatch.setattr(tape, "MAX_SCRATCH", 1 << 20)
     p = fused.problem(Shape(4096, 8, 4, 512, 512), torch.bfloat16).to(DEVICE)
     peaks, held = [], []
     for _ in range(5):

@@ -23,7 +23,10 @@ from moefactory.block import Qwen3MoeFusedGroupedGEMMBlock, Qwen3MoeGroupedGEMMB
 from moefactory.config import ResolvedModel
 from moefactory.triton import combine, whole
 from moefactory.triton.launch import record_launches
+from moefactory.triton.ops import compute_experts
 from moefactory.triton.options import FusedOptions
+from moefactory.triton.plan import make_plan
+from moefactory.triton.router import select
 
 MODEL = ResolvedModel(64, 32, 8, 2, True, "silu")
 WIDE = torch.float32 if GPU else torch.float64
@@ -192,6 +195,38 @@ def test_only_requested_gradients(needs: tuple[bool, ...]) -> None:
     expected = fused.expected_backward(flags, (x, x or gate, up, down), router=True)
     forward = [*fused.expected_front(70, 8, 2, whole=True), *fused.expected_forward(flags)]
     assert fused.without_tables(names) == [*forward, *expected]
+
+
+def test_what_is_done_along_the_way() -> None:
+    """Of 70 tokens, in tiles of 16 columns, of which dA has two: the whole block launches no sum of ds, since the
+    router's backward adds its parts, and no tile table in its forward, since the plan makes it; one in its backward.
+    With a top_k of 4 the router counts, too. Router and experts apart launch all of these, and give the same bits."""
+    model = ResolvedModel(64, 32, 8, 4, True, "silu")
+    options = fused.options(COMBINATIONS[0], 4, fused.small_kernels(16, 16, 16))
+    assert all(dict(zip(fused.FLAGS, (getattr(options, flag) for flag in fused.FLAGS), strict=True)).values())
+    tensors = operands(70, model)
+    dy = judge.unit_tokens(70, model, WIDE, seed=2)[0].to(DEVICE)
+
+    def step(compute: Any) -> tuple[list[Tensor], list[str], list[str]]:
+        leaves = [t.detach().clone().requires_grad_() for t in tensors.values()]
+        with record_launches() as names:
+            out = compute(*leaves)
+            before = list(names)
+            out.backward(dy)
+        grads = [leaf.grad for leaf in leaves if leaf.grad is not None]
+        return [out.detach(), *grads[1:]], before, names[len(before) :]
+
+    def apart(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        weights, selected = select(torch.nn.functional.linear(x, gate), 4, True)
+        return compute_experts(x, weights, make_plan(selected, 8), up, down, options)[0]
+
+    whole_bits, *of_whole = step(lambda *leaves: whole.compute_block(leaves, True, options)[0])
+    apart_bits, *of_apart = step(apart)
+    extra = ("plan_histogram", "tile_table", "sum_ds")
+    assert [[names.count(name) for name in extra] for names in of_whole] == [[0, 0, 0], [0, 1, 0]]
+    assert [[names.count(name) for name in extra] for names in of_apart] == [[1, 1, 0], [0, 1, 1]]
+    assert len(whole_bits) == len(apart_bits) == 4  # the output and what is not x's, whose parts are rounded apart
+    assert all(torch.equal(one, other) for one, other in zip(whole_bits, apart_bits, strict=True))
 
 
 def test_logits_may_be_changed_after_the_forward() -> None:

@@ -4,8 +4,8 @@
     prefix      tile_starts[b, e] = how many of the blocks before b do; token_counts_by_expert[e] = how many in all
     positions   row(slot) = offsets[e] + tile_starts[b, e] + how many slots before it in its block go to e too
 
-In the whole block the router counts (`router.select_and_count`), and positions also makes the tile table of the first
-GEMM: two launches less.
+In the whole block the router may count (`router.counted`), and positions also makes the tile table of the first GEMM,
+unless that is long: two launches less.
 
 Group E stands for the dropped slots (ids outside [0, E)), which come last.
 

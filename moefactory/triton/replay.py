@@ -2,8 +2,9 @@
 
 What an operator of this package launches is a function of its flags, of its tensors' shapes, dtypes and alignment, and
 of the chosen kernel configs; never of what the tensors hold. So the second call of a kind is recorded, and from the
-third on its tape is played: memory is asked for as before (small scratch in one piece), torch's own operators are
-called as before, and each launch is one C function with addresses filled in. A tape holds no tensors and no addresses.
+third on its tape is played: memory is asked for as before (scratch of up to 32 MiB in one piece), torch's own operators
+are called as before, and each launch is one C function with addresses filled in. A tape holds no tensors and no
+addresses.
 
 The ordinary code stays what is read and what runs: at the first call of a kind, in the interpreter, under hooks of
 Triton's, and wherever a recording meets something that it does not know.

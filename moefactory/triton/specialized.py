@@ -16,7 +16,7 @@ Programs that go round in turn stay in step, and neighbours, who ask for the sam
 by one read. They stay in step only while each tile takes as long as another; out of step, weights come from memory two
 or three times. Where an expert's weights are so small that the L2 keeps them meanwhile, GEMMs with an epilogue claim
 their tiles from a counter instead: programs drift, but neighbours begin together, and a tile that is half padding may
-take half the time. The producer knows the tiles, and tells the other partitions in `news`.
+take less time. The producer knows the tiles, and tells the other partitions in `news`.
 
 A ragged descriptor clips at a row that is known on the device only. Its row dimension is RAGGED long, and a box is
 placed so that the expert's end lies at RAGGED: the hardware writes nothing behind it and reads zeros from there. Two

@@ -12,7 +12,7 @@ and are clipped; every tile has at least LEAST products, of zeros where it has t
 reduction).
 
 A tile whose lower 64 rows are padding takes as long as any other where tiles go round in turn. Where they are claimed
-(CLAIM, with SWIGLU alone) it takes half of that: the lower consumer lets the tile's stages pass.
+(CLAIM, with SWIGLU alone) it takes half the products: the lower consumer lets the tile's stages pass.
 
 Of rows in expert order the ring has a stage more than of W, which is twice as large: they are asked for a product
 earlier.
@@ -63,7 +63,7 @@ AHEAD = gl.constexpr(4)  # steps before a tile's end, and again before that
 
 @gluon.jit
 def place_of(tile, tables, num_m, num_n, num_experts, BLOCK_M: gl.constexpr, GROUP_M: gl.constexpr):
-    """(expert, first row, the expert's end, column tile) of a tile; past the last one no expert.
+    """(expert, first row, the expert's end, column tile) of a tile; past the last one no expert, and any rows.
 
     An expert's row tiles sweep over the columns together, or in groups as large as one another of at most GROUP_M.
     """
