@@ -25,14 +25,14 @@ from moefactory.triton.schedule import tile_table
 
 pytestmark = pytest.mark.interpreter
 SMALL = Shape(40, 3, 2, 200, 72)  # nothing is a multiple of a tile's side
-HALVES = Shape(130, 4, 2, 200, 72)  # the same, of experts with 55 to 74 rows: half a tile or more
+HALVES = Shape(130, 4, 2, 200, 72)  # the same, of experts with 62 to 69 rows: half a tile or more
 SHAPES = [
     Shape(70, 9, 4, 64, 32, "gaps"),  # more tiles than programs, each smaller than its box
     Shape(300, 3, 2, 256, 128),  # whole steps; several row tiles an expert, the last one ragged
     Shape(130, 5, 2, 520, 264, "dropped"),  # every dimension ends inside a tile
     Shape(33, 3, 2, 72, 40, "none"),  # dropped slots alone
     Shape(150, 2, 1, 896, 448),  # whole steps, and 14 and 7 of them: parts are stored under every other one
-    Shape(330, 5, 2, 512, 264),  # experts of one tile and of two, of which the last is whole or half
+    Shape(330, 5, 2, 512, 264),  # experts of one whole tile, and of two, the second one half
 ]
 CASES = [  # (flags, whether tiles are claimed)
     pytest.param(COMBINATIONS[0], True, id=flag_id(COMBINATIONS[0])),
