@@ -30,6 +30,7 @@ from ..routing import RoutingPlan
 from .launch import accumulator, launch, on_device, power_of_2
 from .library import call, define, refuse_forward_mode, within
 from .router import differentiate_router, probabilities
+from .schedule import most_tiles
 
 MIN_TOKENS, MAX_TOKENS = 8, 64  # the router's rows a program; the bits of a word, and at two a warp all the warps
 MAX_EXPERTS = 128  # with more than MIN_TOKENS: beyond, warps share a row, and more of them add in another order
@@ -162,7 +163,7 @@ def _empty(logits: Tensor, top_k: int, norm_topk_prob: bool, block_m: int) -> tu
     tokens, experts = logits.shape
     slots, device = tokens * top_k, logits.device
     wide = torch.promote_types(logits.dtype, torch.float32)
-    max_tiles = slots // block_m + torch.sym_min(experts + 1, slots)  # the tile table's bound
+    max_tiles = most_tiles(experts + 1, slots, block_m)
     sizes = (experts + 1, experts + 2, slots, slots, max_tiles, max_tiles, 2)
     return (
         torch.empty(tokens, top_k, dtype=logits.dtype, device=device),

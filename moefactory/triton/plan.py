@@ -187,16 +187,14 @@ def plan_and_table(
             )
         return counts, offsets, gather, scatter, None
     blocks = cdiv(rows, BLOCK)
-    known = tile_counts is not None
-    if tile_counts is None:
-        tile_counts = torch.empty(blocks, num_experts + 1, dtype=torch.int32, device=device)
-    tile_starts = torch.empty_like(tile_counts)
+    tile_starts = torch.empty(blocks, num_experts + 1, dtype=torch.int32, device=device)
     max_tiles = most_tiles(num_experts + 1, rows, block_m) if block_m else 0
     tiles = power_of_2(cdiv(max_tiles, blocks)) if 0 < max_tiles <= TILES_PER_PROGRAM * blocks else 0
     made = tuple(torch.empty(n, dtype=torch.int32, device=device) for n in (max_tiles, max_tiles, 2) if tiles)
     block = {"GROUPS": groups, "BLOCK": BLOCK}
     with on_device(device):
-        if not known:
+        if tile_counts is None:
+            tile_counts = torch.empty_like(tile_starts)
             launch("plan_histogram", _histogram, (blocks,), selected, tile_counts, rows, num_experts, **block)
         prefix = {"PREFIX_BLOCKS": min(PREFIX_BLOCKS, power_of_2(blocks)), "PREFIX_GROUPS": PREFIX_GROUPS}
         grid = (cdiv(num_experts + 1, PREFIX_GROUPS),)

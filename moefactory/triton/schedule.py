@@ -102,8 +102,8 @@ class TileTable:
 
 
 def most_tiles(groups: int, num_rows: int, block_m: int) -> int:
-    """How many row tiles there are at most, whatever the routing."""
-    return num_rows // block_m + min(groups, num_rows)
+    """How many row tiles there are at most, whatever the routing; also where a shape has no number yet."""
+    return num_rows // block_m + torch.sym_min(groups, num_rows)
 
 
 def tile_table(expert_offsets: Tensor, num_rows: int, block_m: int) -> TileTable:
