@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..machine import interpreting
 from .launch import accumulator, cdiv, launch, power_of_2
 
 BLOCK_H = 1024
@@ -102,18 +103,23 @@ def _sum_dX(
     inside = token < T
     mask = inside[:, None] & (offs_h < H)[None, :]
     total = tl.zeros((BLOCK_T, BLOCK_H), ACC)
+    for k in tl.static_range(TOP_K):
+        row = token * TOP_K + k
+        if UNPERMUTE:
+            row = tl.load(scatter_indices_ptr + row, mask=inside, other=0).to(tl.int64)
+        row_ptrs = rows_ptr + row[:, None] * H + offs_h[None, :]
+        # read once, and with this hint the compiler leaves the loads together: all K of them are under way at a time
+        total += tl.load(row_ptrs, mask=mask, other=0.0, eviction_policy="evict_first").to(ACC)
+    # after the rows: as the sum's start, the product would have each row turned to its layout through shared memory
+    product = tl.zeros((BLOCK_T, BLOCK_H), ACC)
     for first in tl.range(0, E, BLOCK_E, num_stages=1):  # one turn, as a rule: nothing to load ahead for
         offs_e = first + tl.arange(0, BLOCK_E)
         dlogits_ptrs = dlogits_ptr + token[:, None] * E + offs_e[None, :]
         dlogits = tl.load(dlogits_ptrs, mask=inside[:, None] & (offs_e < E)[None, :], other=0.0)
         gate_ptrs = gate_ptr + offs_e.to(tl.int64)[:, None] * H + offs_h[None, :]
         gate_tile = tl.load(gate_ptrs, mask=(offs_e < E)[:, None] & (offs_h < H)[None, :], other=0.0)
-        total = tl.dot(dlogits, gate_tile, total, input_precision="ieee", out_dtype=ACC)
-    for k in tl.static_range(TOP_K):
-        row = token * TOP_K + k
-        if UNPERMUTE:
-            row = tl.load(scatter_indices_ptr + row, mask=inside, other=0).to(tl.int64)
-        total += tl.load(rows_ptr + row[:, None] * H + offs_h[None, :], mask=mask, other=0.0).to(ACC)
+        product = tl.dot(dlogits, gate_tile, product, input_precision="ieee", out_dtype=ACC)
+    total += product
     tl.store(dx_ptr + token[:, None] * H + offs_h[None, :], total.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
@@ -125,10 +131,13 @@ def sum_dX(
     dx = torch.empty(tokens, width, dtype=rows.dtype, device=rows.device)
     if not tokens:
         return dx
-    sides = {"BLOCK_T": SUM_T, "BLOCK_H": min(max(16, power_of_2(width)), SUM_H)}
-    grid = (cdiv(width, sides["BLOCK_H"]) * cdiv(tokens, SUM_T),)
+    narrow = rows.itemsize <= 2
+    sides = {"BLOCK_T": SUM_T if narrow else SUM_T // 2, "BLOCK_H": min(max(16, power_of_2(width)), SUM_H)}
+    grid = (cdiv(width, sides["BLOCK_H"]) * cdiv(tokens, sides["BLOCK_T"]),)
     args = (rows, scatter_indices, dlogits.contiguous(), gate.contiguous(), dx, tokens, experts, width)
     meta = {"TOP_K": top_k, "UNPERMUTE": not token_order, "ACC": accumulator(rows.dtype), **sides}
+    if narrow and top_k <= 8 and not interpreting():
+        meta["maxnreg"] = 168  # what eight rows on their way need, and then three programs find room
     launch("sum_dX", _sum_dX, grid, *args, **meta, BLOCK_E=min(max(16, power_of_2(experts)), 128), num_warps=4)
     return dx
 

@@ -93,24 +93,10 @@ def _route_forward(
 
 
 @triton.jit
-def _slot(
-    selected_ptr,
-    dweights_ptr,
-    offs_t,
-    row_mask,
-    offs_e,
-    k,
-    parts,
-    M,
-    OUT: tl.constexpr,
-    TOP_K: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    """(where slot k's expert is [BLOCK_T, EXPERTS], its weight's gradient [BLOCK_T, 1])."""
-    slot = offs_t.to(tl.int64) * TOP_K + k
-    expert = tl.load(selected_ptr + slot, mask=row_mask, other=0)
-    dw_k = part_sum(dweights_ptr, slot, row_mask, parts, M).to(OUT).to(ACC)
-    return offs_e[None, :] == expert[:, None], dw_k[:, None]
+def _column(tile, k):
+    """Column k of a tile."""
+    here = (tl.arange(0, tile.shape[1]) == k)[None, :]
+    return tl.sum(tl.where(here, tile, tl.zeros_like(tile)), axis=1)
 
 
 @triton.jit
@@ -123,6 +109,7 @@ def _route_backward(
     E,
     parts,
     TOP_K: tl.constexpr,
+    SLOTS: tl.constexpr,
     NORM: tl.constexpr,
     ACC: tl.constexpr,
     EXPERTS: tl.constexpr,
@@ -130,25 +117,31 @@ def _route_backward(
 ):
     offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     offs_e = tl.arange(0, EXPERTS)
+    offs_s = tl.arange(0, SLOTS)
     row_mask = offs_t < T
     mask = row_mask[:, None] & (offs_e < E)[None, :]
+    slots = offs_t.to(tl.int64)[:, None] * TOP_K + offs_s[None, :]
+    slot_mask = row_mask[:, None] & (offs_s < TOP_K)[None, :]
     M = tl.cast(T, tl.int64) * TOP_K
     OUT: tl.constexpr = dlogits_ptr.dtype.element_ty
+    # all of a token's slots at once: each load is waited for, one by one they were most of the kernel's time
+    experts = tl.load(selected_ptr + slots, mask=slot_mask, other=0).to(tl.int32)
+    dweights = part_sum(dweights_ptr, slots, slot_mask, parts, M).to(OUT).to(ACC)
     w = tl.zeros((BLOCK_T, EXPERTS), ACC)
     dw = tl.zeros((BLOCK_T, EXPERTS), ACC)
+    if NORM:
+        weights = tl.load(saved_ptr + slots, mask=slot_mask, other=0.0).to(ACC)
     for k in tl.static_range(TOP_K):
-        here, dw_k = _slot(selected_ptr, dweights_ptr, offs_t, row_mask, offs_e, k, parts, M, OUT, TOP_K, ACC)
-        dw += tl.where(here, dw_k, 0.0)
+        here = offs_e[None, :] == _column(experts, k)[:, None]
+        dw += tl.where(here, _column(dweights, k)[:, None], 0.0)
         if NORM:
-            w_k = tl.load(saved_ptr + offs_t.to(tl.int64) * TOP_K + k, mask=row_mask, other=0.0).to(ACC)
-            w += tl.where(here, w_k[:, None], 0.0)
+            w += tl.where(here, _column(weights, k)[:, None], 0.0)
     if NORM:
         # sum_i dp[i] p[i] is 0 by algebra, and dw[k] less the mean of dw is the mean of the differences: no large
         # numbers cancel, and with one expert, or for one not selected, the gradient is exactly 0
         inner = tl.zeros((BLOCK_T, EXPERTS), ACC)
         for k in tl.static_range(TOP_K):
-            here, dw_k = _slot(selected_ptr, dweights_ptr, offs_t, row_mask, offs_e, k, parts, M, OUT, TOP_K, ACC)
-            inner += tl.sum(tl.where(here, w, 0.0), axis=1)[:, None] * (dw - dw_k)
+            inner += _column(weights, k)[:, None] * (dw - _column(dweights, k)[:, None])
         dlogits = w * inner
     else:
         p, _ = probabilities(saved_ptr, offs_t, offs_e, T, E, ACC)
@@ -160,7 +153,7 @@ def _route_backward(
 def _meta(logits: Tensor, top_k: int, norm: bool, block_t: int = BLOCK_T) -> dict[str, Any]:
     experts = power_of_2(logits.shape[1])
     # as many logits a thread whatever the block: for up to 128 experts the same sums, in the same order
-    layout = {"EXPERTS": experts, "BLOCK_T": block_t, "num_warps": block_t // 2}
+    layout = {"EXPERTS": experts, "SLOTS": power_of_2(top_k), "BLOCK_T": block_t, "num_warps": block_t // 2}
     return {"TOP_K": top_k, "NORM": norm, "ACC": accumulator(logits.dtype), **layout}
 
 
@@ -206,7 +199,7 @@ def select_and_count(
     counts = torch.empty(blocks, experts + 1, dtype=torch.int32, device=logits.device) if slots else None
     if tokens:
         meta = _meta(logits, top_k, norm_topk_prob, block_t)
-        meta |= {"SLOTS": power_of_2(top_k), "GROUPS": power_of_2(experts + 1) if slots else 0}
+        meta["GROUPS"] = power_of_2(experts + 1) if slots else 0
         with on_device(logits.device):
             args = (logits.contiguous(), weights, selected, exact, weights if counts is None else counts)
             launch("route_forward", _route_forward, (blocks,), *args, tokens, experts, **meta)
