@@ -8,7 +8,7 @@
 Its backward needs no kernel: the dX kernel reads dO through the index and scales by w in its epilogue.
 
 dX[t] = sum over k of dY[row(t,k)] + sum over e of dlogits[t,e] * gate[e]: the experts' part and the router's, in one
-pass. The second sum is a small product, done while the rows come.
+pass. The second sum is a small product, done when the rows have come.
 
     dlogits     [T, E]      token order
     gate        [E, H]
@@ -25,7 +25,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..machine import interpreting
 from .launch import accumulator, cdiv, launch, power_of_2
 
 BLOCK_H = 1024
@@ -131,13 +130,10 @@ def sum_dX(
     dx = torch.empty(tokens, width, dtype=rows.dtype, device=rows.device)
     if not tokens:
         return dx
-    narrow = rows.itemsize <= 2
-    sides = {"BLOCK_T": SUM_T if narrow else SUM_T // 2, "BLOCK_H": min(max(16, power_of_2(width)), SUM_H)}
-    grid = (cdiv(width, sides["BLOCK_H"]) * cdiv(tokens, sides["BLOCK_T"]),)
+    sides = {"BLOCK_T": SUM_T, "BLOCK_H": min(max(16, power_of_2(width)), SUM_H)}
+    grid = (cdiv(width, sides["BLOCK_H"]) * cdiv(tokens, SUM_T),)
     args = (rows, scatter_indices, dlogits.contiguous(), gate.contiguous(), dx, tokens, experts, width)
     meta = {"TOP_K": top_k, "UNPERMUTE": not token_order, "ACC": accumulator(rows.dtype), **sides}
-    if narrow and top_k <= 8 and not interpreting():
-        meta["maxnreg"] = 168  # what eight rows on their way need, and then three programs find room
     launch("sum_dX", _sum_dX, grid, *args, **meta, BLOCK_E=min(max(16, power_of_2(experts)), 128), num_warps=4)
     return dx
 
