@@ -29,7 +29,7 @@ from torch import Tensor
 from ..routing import RoutingPlan
 from .launch import accumulator, launch, on_device, power_of_2
 from .library import call, define, refuse_forward_mode, within
-from .router import differentiate_router, probabilities
+from .router import bits, choose, differentiate_router, probabilities
 from .schedule import most_tiles
 
 MIN_TOKENS, MAX_TOKENS = 8, 64  # the router's rows a program; the bits of a word, and at two a warp all the warps
@@ -97,22 +97,7 @@ def _route_few_tokens(
     offs_s = tl.arange(0, SLOTS)
     row_mask = (offs_t < T)[:, None]
     p, total = probabilities(logits_ptr, offs_t, offs_e, T, E, ACC)  # of rows past the end: what they choose is masked
-    broken = (total != total)[:, None]  # noqa: PLR0124 - NaN; without, a sum of 1 or more that gives no NaN either
-
-    # Floats of 0 and more are ordered as their bits. A row of NaN selects the first experts: its keys go down. Columns
-    # past the last expert lose to every expert: no key is less than theirs, no number higher.
-    key = tl.where(broken, EXPERTS - offs_e[None, :], p.to(BITS, bitcast=True))
-    weights = tl.zeros((TOKENS, SLOTS), BITS)
-    selected = tl.zeros((TOKENS, SLOTS), tl.int32)
-    for k in tl.static_range(TOP_K):
-        best = tl.max(key, axis=1)
-        expert = tl.min(tl.where(key == best[:, None], offs_e[None, :], EXPERTS), axis=1)
-        weights = tl.where((offs_s == k)[None, :], best[:, None], weights)
-        selected = tl.where((offs_s == k)[None, :], expert[:, None], selected)
-        key = tl.where(offs_e[None, :] == expert[:, None], -1, key)  # taken
-    weights = tl.where(broken, float("nan"), weights.to(ACC, bitcast=True))
-    if NORM:
-        weights = weights / tl.sum(weights, axis=1)[:, None]
+    weights, selected, key = choose(p, total, offs_e, offs_s, BITS, TOP_K, NORM, ACC)
 
     bit = tl.full((TOKENS,), 1, WORD) << offs_t.to(WORD)
     word = _flat(tl.sum(tl.where((key < 0) & row_mask, bit[:, None], 0), axis=0), offs_e)  # [EXPERTS]
@@ -193,7 +178,6 @@ def route_few_tokens(logits: Tensor, top_k: int, norm_topk_prob: bool, block_m: 
     if not few(tokens, experts):
         raise ValueError(f"logits: got {tokens} tokens of {experts} experts; see moefactory.triton.few_tokens.few")
     device = logits.device
-    wide = torch.promote_types(logits.dtype, torch.float32)
     out = _empty(logits, top_k, norm_topk_prob, block_m)
     padded = _padded(tokens)
     with on_device(device):
@@ -206,7 +190,7 @@ def route_few_tokens(logits: Tensor, top_k: int, norm_topk_prob: bool, block_m: 
             SLOTS=power_of_2(top_k),
             NORM=norm_topk_prob,
             ACC=accumulator(logits.dtype),
-            BITS=tl.int64 if wide == torch.float64 else tl.int32,
+            BITS=bits(logits.dtype),
             WORD=tl.uint32 if padded <= 32 else tl.uint64,
             TOKENS=padded,
             EXPERTS=power_of_2(experts),

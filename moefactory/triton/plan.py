@@ -30,8 +30,8 @@ from .schedule import TILES_PER_PROGRAM, most_tiles, store_tiles
 
 BLOCK = 128  # slots per program; their order within is found by comparing all pairs
 BLOCK_ALONE = 64  # slots that one program sorts faster than three launches do
-PREFIX_GROUPS = 4
-PREFIX_BLOCKS = 256
+PREFIX_GROUPS = 2
+PREFIX_BLOCKS = 1024
 
 
 @triton.jit
@@ -135,8 +135,9 @@ def _positions(
     mask = slot < M
     group = _group_of(selected_ptr, slot, mask, E)
     base = tl.gather(ends - counts + starts, tl.minimum(group, GROUPS - 1), axis=0)  # of lanes past the end: anything
-    earlier = (group[None, :] == group[:, None]) & (lane[None, :] < lane[:, None])  # [BLOCK, BLOCK]
-    row = base + tl.sum(earlier.to(tl.int32), axis=1)
+    # summed over its rows: a thread holds whole columns, and adds without asking others
+    earlier = (group[:, None] == group[None, :]) & (lane[:, None] < lane[None, :])  # [BLOCK, BLOCK]
+    row = base + tl.sum(earlier.to(tl.int32), axis=0)
     tl.store(scatter_ptr + slot, row, mask=mask)
     tl.store(gather_ptr + row, slot, mask=mask)
 

@@ -40,6 +40,34 @@ def probabilities(logits_ptr, offs_t, offs_e, T, E, ACC: tl.constexpr):
 
 
 @triton.jit
+def choose(p, total, offs_e, offs_s, BITS: tl.constexpr, TOP_K: tl.constexpr, NORM: tl.constexpr, ACC: tl.constexpr):
+    """(weights [., SLOTS] in ACC, selected [., SLOTS] int32, keys [., EXPERTS], -1 where an expert was chosen).
+
+    Floats of 0 and more are ordered as their bits, so that what is looked for is a largest integer, and its bits are
+    the probability. A row of NaN selects the first experts: ids stay distinct and in range, its weights are NaN.
+    """
+    TOKENS: tl.constexpr = p.shape[0]
+    SLOTS: tl.constexpr = offs_s.shape[0]
+    EXPERTS: tl.constexpr = p.shape[1]
+    # `total`: NaN, or without NaN 1 or more
+    broken = (total != total)[:, None]  # noqa: PLR0124
+    # columns past the last expert lose to every expert: no key is less than theirs, no number higher
+    key = tl.where(broken, EXPERTS - offs_e[None, :], p.to(BITS, bitcast=True))
+    weights = tl.zeros((TOKENS, SLOTS), BITS)
+    selected = tl.zeros((TOKENS, SLOTS), tl.int32)
+    for k in tl.static_range(TOP_K):
+        best = tl.max(key, axis=1)
+        expert = tl.min(tl.where(key == best[:, None], offs_e[None, :], EXPERTS), axis=1)
+        weights = tl.where((offs_s == k)[None, :], best[:, None], weights)
+        selected = tl.where((offs_s == k)[None, :], expert[:, None], selected)
+        key = tl.where(offs_e[None, :] == expert[:, None], -1, key)  # taken
+    weights = tl.where(broken, float("nan"), weights.to(ACC, bitcast=True))
+    if NORM:
+        weights = weights / tl.sum(weights, axis=1)[:, None]
+    return weights, selected, key
+
+
+@triton.jit
 def _route_forward(
     logits_ptr,
     weights_ptr,
@@ -53,6 +81,7 @@ def _route_forward(
     GROUPS: tl.constexpr,
     NORM: tl.constexpr,
     ACC: tl.constexpr,
+    BITS: tl.constexpr,
     EXPERTS: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
@@ -60,23 +89,8 @@ def _route_forward(
     offs_e = tl.arange(0, EXPERTS)
     offs_s = tl.arange(0, SLOTS)
     row_mask = offs_t < T
-    p, _ = probabilities(logits_ptr, offs_t, offs_e, T, E, ACC)
-    left = tl.where((offs_e < E)[None, :], p, -1.0)  # what is still to be chosen from
-    total = tl.sum(p, axis=1)
-    broken = total != total  # noqa: PLR0124 - a row of NaN selects the first experts: ids stay distinct and in range, weights are NaN
-    weights = tl.zeros((BLOCK_T, SLOTS), ACC)
-    selected = tl.zeros((BLOCK_T, SLOTS), tl.int32)
-    for k in tl.static_range(TOP_K):
-        best = tl.max(left, axis=1)
-        expert = tl.min(tl.where(left == best[:, None], offs_e[None, :], E), axis=1)
-        value = tl.sum(tl.where(offs_e[None, :] == expert[:, None], p, 0.0), axis=1)
-        value = tl.where(broken, float("nan"), value)
-        expert = tl.where(broken, k, expert)
-        weights = tl.where((offs_s == k)[None, :], value[:, None], weights)
-        selected = tl.where((offs_s == k)[None, :], expert[:, None], selected)
-        left = tl.where(offs_e[None, :] == expert[:, None], -1.0, left)
-    if NORM:
-        weights = weights / tl.sum(weights, axis=1)[:, None]
+    p, total = probabilities(logits_ptr, offs_t, offs_e, T, E, ACC)
+    weights, selected, _ = choose(p, total, offs_e, offs_s, BITS, TOP_K, NORM, ACC)
     mask = row_mask[:, None] & (offs_s < TOP_K)[None, :]
     out = offs_t.to(tl.int64)[:, None] * TOP_K + offs_s[None, :]
     tl.store(weights_ptr + out, weights.to(weights_ptr.dtype.element_ty), mask=mask)
@@ -150,6 +164,11 @@ def _route_backward(
     tl.store(out, dlogits.to(dlogits_ptr.dtype.element_ty), mask=mask)
 
 
+def bits(dtype: torch.dtype) -> tl.dtype:
+    """The integers as wide as the type sums are held in."""
+    return tl.int64 if accumulator(dtype) is tl.float64 else tl.int32
+
+
 def _meta(logits: Tensor, top_k: int, norm: bool, block_t: int = BLOCK_T) -> dict[str, Any]:
     experts = power_of_2(logits.shape[1])
     # as many logits a thread whatever the block: for up to 128 experts the same sums, in the same order
@@ -199,7 +218,7 @@ def select_and_count(
     counts = torch.empty(blocks, experts + 1, dtype=torch.int32, device=logits.device) if slots else None
     if tokens:
         meta = _meta(logits, top_k, norm_topk_prob, block_t)
-        meta["GROUPS"] = power_of_2(experts + 1) if slots else 0
+        meta |= {"GROUPS": power_of_2(experts + 1) if slots else 0, "BITS": bits(logits.dtype)}
         with on_device(logits.device):
             args = (logits.contiguous(), weights, selected, exact, weights if counts is None else counts)
             launch("route_forward", _route_forward, (blocks,), *args, tokens, experts, **meta)
