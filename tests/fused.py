@@ -19,6 +19,7 @@ from itertools import product
 from typing import Any
 
 import judge
+import pytest
 import torch
 from interpreter import nan_filled_empty
 from judge import WEIGHTS, Tensors, complaints, hf_block, naive_experts, unit_weights
@@ -119,6 +120,15 @@ def specialized_kernels(*, swapped: bool = False) -> Kernels:
         ("fwd", "up", fwd), ("fwd", "down", fwd), ("bwd_dX", "up", dX), ("bwd_dX", "down", dX),
         ("bwd_dW", "up", up), ("bwd_dW", "down", down),
     )  # fmt: skip
+
+
+def claim(monkeypatch: pytest.MonkeyPatch, claimed: bool) -> None:
+    """Every warp-specialised kernel that may claim its tiles does, whatever memory and sizes, or none."""
+    from moefactory.triton import specialized
+
+    monkeypatch.setattr(specialized, "MAX_CLAIMED", 2**62 * claimed)
+    monkeypatch.setattr(specialized, "FEW_ROWS", 2**31 * claimed)
+    monkeypatch.setattr(specialized, "WIDE_MEMORY", 0)
 
 
 def plain_twins() -> Kernels:

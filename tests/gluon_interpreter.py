@@ -378,6 +378,10 @@ def _binary(function: Callable[..., Any]) -> Callable[[Any, Any], Any]:
     return lambda a, b: function(torch.as_tensor(a), torch.as_tensor(b))
 
 
+def _assembly(code: str, constraints: str, args: list[Any], **_: Any) -> Any:
+    return {"ex2.approx.ftz.f32": torch.exp2, "rcp.approx.ftz.f32": torch.reciprocal}[code.split(maxsplit=1)[0]](*args)
+
+
 def _cdiv(a: Any, b: int) -> Any:
     return (a + b - 1) // b
 
@@ -403,7 +407,8 @@ LANGUAGE = types.SimpleNamespace(
     minimum=_binary(torch.minimum),
     maximum=_binary(torch.maximum),
     cdiv=_cdiv,
-    exp=torch.exp,
+    fma=lambda a, b, c: a * b + c,
+    inline_asm_elementwise=_assembly,
     sum=lambda value, axis: value.sum(axis, dtype=value.dtype),
     split=lambda value: (value[..., 0], value[..., 1]),
     static_range=range,

@@ -57,7 +57,7 @@ def test_every_fusion(flags: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_every_size(shape: Shape, flags: dict[str, bool], claimed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a fusion and with all of them: the same rule; the ring has its fewest stages where nothing is fused."""
-    monkeypatch.setattr(specialized, "MAX_CLAIMED", specialized.MAX_CLAIMED * claimed)
+    fused.claim(monkeypatch, claimed)
     p, kernels = fused.problem(shape, torch.bfloat16), specialized_kernels(swapped=not any(flags.values()))
     with fused.surroundings(), gluon_interpreter.interpreted(monkeypatch):
         got = fused.run(p, options(flags, shape.top_k, kernels))
@@ -119,15 +119,35 @@ def test_any_order_gives_the_same_bits(shape: Shape, programs: int, monkeypatch:
     p, rows = _rows(shape)
     h = torch.randn(rows.gather_indices.shape[0], 2 * shape.intermediate).bfloat16()
     found = []
-    for seed, claimed in ((seed, claimed) for seed in SEEDS for claimed in (0, specialized.MAX_CLAIMED)):
-        monkeypatch.setattr(specialized, "MAX_CLAIMED", claimed)
+    for seed, claimed in ((seed, claimed) for seed in SEEDS for claimed in (False, True)):
+        fused.claim(monkeypatch, claimed)
         with fused.surroundings(), gluon_interpreter.interpreted(monkeypatch, programs, seed):
             up = forward_gemm(p.x, p.gate_up_proj, rows, FORWARD, permute_x=True, swiglu=True, store_h=True)
             weights = p.routing_weights.reshape(-1)
             down = dX_gemm_dswiglu(p.dy, p.down_proj, h, weights, rows, DX, dy_divisor=shape.top_k)
+            more = [forward_gemm(h, p.down_proj.repeat(1, 1, 2), rows, FORWARD, permute_y=y)[0] for y in (False, True)]
         assert rows.table.num_tiles[1] == 0  # as a kernel that claims finds it, and leaves it
-        found.append([t for t in (*up, *down) if t is not None])
+        found.append([t for t in (*up, *down, *more) if t is not None])
     assert all(torch.equal(t, first) for one in found[1:] for t, first in zip(one, found[0], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("bandwidth", "rows", "small", "large"),
+    [  # of weights of 2**22 elements an expert and of more: who claims
+        (3352, 1, {"forward_up", "dX_dswiglu"}, set()),
+        (4814, 256, {"forward_up", "forward", "dX_dswiglu"}, {"forward_up", "forward"}),
+        (4814, 257, {"forward_up", "dX_dswiglu"}, set()),
+    ],
+)
+def test_who_claims(
+    bandwidth: float, rows: int, small: set[str], large: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels with an epilogue where weights are small; the forward's up to 256 rows an expert where memory is wide."""
+    monkeypatch.setattr(specialized, "memory_bandwidth", lambda device: bandwidth)
+    for width, expected in ((2048, small), (2056, large)):
+        weight = torch.empty(3, 2048, width, device="meta")
+        names = {"forward_up", "forward", "dX", "dX_dswiglu"}
+        assert {name for name in names if specialized.claims(name, weight, 3 * rows)} == expected
 
 
 # --- what the interpreter would see -----------------------------------------------------------------------------------

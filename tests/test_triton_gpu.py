@@ -50,11 +50,12 @@ from moefactory.config import (
     ResolvedModel,
 )
 from moefactory.routing import RoutingPlan, make_plan
-from moefactory.triton import specialized, specialized_dswiglu, specialized_dW, specialized_rows
+from moefactory.triton import specialized_dswiglu, specialized_dW, specialized_rows
 from moefactory.triton.backward_dW import dW_gemm
 from moefactory.triton.backward_dX import dX_gemm, dX_gemm_dswiglu
 from moefactory.triton.choice import SPECIALIZED_FROM, Launch, bucket, choose
 from moefactory.triton.forward import Rows, forward_gemm
+from moefactory.triton.launch import memory_bandwidth
 from moefactory.triton.ops import compute_experts
 from moefactory.triton.schedule import tile_table
 
@@ -265,8 +266,8 @@ def test_specialized_in_few_programs(flags: dict[str, bool], monkeypatch: pytest
 @pytest.mark.parametrize("programs", [1, 3, 132])
 @pytest.mark.parametrize("shape", SPECIALIZED_SHAPES, ids=str)
 def test_tiles_are_claimed_or_go_round(shape: Shape, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Programs of up and of dSwiGLU claim their tiles (small weights) or go round in turn (large): the same bits, with
-    fewer tiles than programs, as many, or many each. The counter is 0 after each, ten times over the same table."""
+    """Programs of the forward's kernels and of dSwiGLU claim their tiles or go round in turn: the same bits, with fewer
+    tiles than programs, as many, or many each. The counter is 0 after each, ten times over the same table."""
     told: list[bool] = []
     launched = specialized_rows.launch
 
@@ -283,20 +284,32 @@ def test_tiles_are_claimed_or_go_round(shape: Shape, programs: int, monkeypatch:
     forward, config = specialized_kernels()[0][2], specialized_kernels()[3][2]
     on_tiles = Rows(plan.group_offsets, plan.gather_indices, shape.top_k, table)
     h = torch.randn(plan.gather_indices.shape[0], 2 * shape.intermediate, dtype=torch.bfloat16, device="cuda")
+    wide = p.down_proj.repeat(1, 1, 2)
 
-    def both() -> list[Tensor]:
+    def all_four() -> list[Tensor]:
         weights = p.routing_weights.reshape(-1)
         up = forward_gemm(p.x, p.gate_up_proj, on_tiles, forward, permute_x=True, swiglu=True, store_h=True)
         down = dX_gemm_dswiglu(p.dy, p.down_proj, h, weights, on_tiles, config, dy_divisor=shape.top_k)
-        return [t for t in (*up, *down) if t is not None]
+        more = [forward_gemm(h, wide, on_tiles, forward, permute_y=y)[0] for y in (False, True)]
+        return [t for t in (*up, *down, *more) if t is not None]
 
-    first, tiles = both(), table.num_tiles.tolist()
+    fused.claim(monkeypatch, False)
+    first, tiles = all_four(), table.num_tiles.tolist()
     assert tiles[1] == 0
-    for claimed in [0] + 10 * [specialized.MAX_CLAIMED]:
-        monkeypatch.setattr(specialized, "MAX_CLAIMED", claimed)
-        assert all(torch.equal(again, once) for again, once in zip(both(), first, strict=True))
+    for _ in range(10):
+        fused.claim(monkeypatch, True)
+        assert all(torch.equal(again, once) for again, once in zip(all_four(), first, strict=True))
         assert table.num_tiles.tolist() == tiles
-    assert told == [True, True, False, False, *[True] * 20]
+    assert told == [*[False] * 4, *[True] * 40]
+
+
+@on_hopper
+def test_memory_bandwidth() -> None:
+    """What is read off the device is what its data sheet says (GB/s), but for the clock's own rounding."""
+    named = {"NVIDIA H200": 4800, "NVIDIA H100 80GB HBM3": 3350}.get(torch.cuda.get_device_name())
+    if named is None:
+        pytest.skip("another GPU: no figure to compare with")
+    assert memory_bandwidth(torch.device("cuda")) == pytest.approx(named, rel=0.05)
 
 
 @on_hopper
@@ -334,6 +347,7 @@ SPECIALIZED_LAUNCHES = [
     "forward", "forward gathered", "forward scattered",
     "forward_up", "forward_up gathered", "forward_up without h", "forward_up gathered, without h",
     "forward_up gathered, in turn",
+    "forward claimed", "forward scattered, claimed",
     "dX", "dX gathered", "dX scattered", "dX_dswiglu", "dX_dswiglu gathered", "dX_dswiglu gathered, in turn",
     "dW up", "dW up gathered", "dW down", "dW down gathered",
 ]  # fmt: skip
@@ -354,8 +368,8 @@ def test_specialized_kernel_repeats(launched: str, monkeypatch: pytest.MonkeyPat
     pass_name = {"forward": "fwd", "forward_up": "fwd", "dW": "bwd_dW"}.get(kernel, "bwd_dX")
     divisor = rows.top_k if gathered else 0
     read = m // rows.top_k if gathered else m
-    if "in turn" in how:
-        monkeypatch.setattr(specialized, "MAX_CLAIMED", 0)
+    if "in turn" in how or "claimed" in how:
+        fused.claim(monkeypatch, "claimed" in how)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, device="cuda").bfloat16()

@@ -75,7 +75,8 @@ def test_fits_a_multiprocessor(variant: str, code: dict[str, dict[str, Any]]) ->
 
 
 def _claims(variant: sm90.Variant) -> bool:
-    return variant.kernel in {"forward_up", "dX_dswiglu"} and "in_turn" not in variant.flags
+    with_epilogue = variant.kernel in {"forward_up", "dX_dswiglu"} and "in_turn" not in variant.flags
+    return with_epilogue or "claimed" in variant.flags
 
 
 def _times_loaded(variant: sm90.Variant) -> int:

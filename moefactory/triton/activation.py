@@ -19,23 +19,43 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import accumulator, cdiv, launch, power_of_2
+from .launch import accumulator, cdiv, interpreting, launch, power_of_2
 
+INTERPRETED = tl.constexpr(interpreting())  # which knows no assembly
 BLOCK_ROWS = 4
 BLOCK_COLS = 512
 
 
 @triton.jit
+def sigmoid(x):
+    """1 / (1 + exp(-x)), of float32 by the special unit's exponential and reciprocal.
+
+    They are what Triton's own are made of, without the eight instructions that keep numbers below 2**-126: those become
+    0 here, which a rounded product with them is anyhow.
+    """
+    if INTERPRETED or x.dtype != tl.float32:
+        return tl.sigmoid(x)
+    else:
+        power = tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * -1.4426950408889634], dtype=tl.float32, is_pure=True, pack=1
+        )
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [1.0 + power], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
 def swiglu(gate, up):
     """silu(gate) * up."""
-    return gate * tl.sigmoid(gate) * up
+    return gate * sigmoid(gate) * up
 
 
 @triton.jit
 def dswiglu(da, gate, up):
     """(dgate, dup) for a gradient `da` of silu(gate) * up."""
-    sig = tl.sigmoid(gate)
-    return da * up * sig * (1 + gate * (1 - sig)), da * gate * sig
+    sig = sigmoid(gate)
+    silu = gate * sig
+    return da * up * tl.fma(silu, 1 - sig, sig), da * silu
 
 
 @triton.jit

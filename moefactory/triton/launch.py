@@ -146,6 +146,20 @@ def num_programs(device: torch.device, per_multiprocessor: int = 1) -> int:
     return _multiprocessors(index) * per_multiprocessor
 
 
+def memory_bandwidth(device: torch.device) -> float:
+    """GB/s of the device's memory at its highest clock; 0 for a CPU."""
+    if device.type != "cuda":
+        return 0.0
+    return _memory_bandwidth(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@cache
+def _memory_bandwidth(index: int) -> float:
+    of_device = triton.runtime.driver.active.utils.get_device_properties(index)
+    bits, kilohertz = of_device["mem_bus_width"], of_device["mem_clock_rate"]
+    return 2e-6 * bits / 8 * kilohertz  # two transfers a cycle
+
+
 def accumulator(dtype: torch.dtype) -> tl.dtype:
     """The type sums are held in: float32, or float64 for float64 (interpreter only)."""
     return tl.float64 if dtype == torch.float64 else tl.float32
@@ -192,6 +206,7 @@ __all__ = [
     "descriptor",
     "interpreting",
     "launch",
+    "memory_bandwidth",
     "num_programs",
     "power_of_2",
     "record_launches",

@@ -16,7 +16,8 @@ Programs that go round in turn stay in step, and neighbours, who ask for the sam
 by one read. They stay in step only while each tile takes as long as another; out of step, weights come from memory two
 or three times. Where an expert's weights are so small that the L2 keeps them meanwhile, GEMMs with an epilogue claim
 their tiles from a counter instead: programs drift, but neighbours begin together, and a tile that is half padding may
-take less time. The producer knows the tiles, and tells the other partitions in `news`.
+take less time; so does a forward of few rows where the memory is wide. The producer knows the tiles, and tells the
+other partitions in `news`.
 
 A ragged descriptor clips at a row that is known on the device only. Its row dimension is RAGGED long, and a box is
 placed so that the expert's end lies at RAGGED: the hardware writes nothing behind it and reads zeros from there. Two
@@ -35,12 +36,13 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .launch import refuse_misaligned
+from .launch import memory_bandwidth, refuse_misaligned
 
 RAGGED = gl.constexpr(2**30)
 # 12 warps share 65,536 registers: 168 a thread at the start, then what a kernel says, 504 for one of each partition
 WARPS = {"PRODUCERS": 4, "num_warps": 4, "maxnreg": 168}
 MAX_CLAIMED = 2**22  # elements of an expert's weights up to which tiles are claimed
+WIDE_MEMORY, FEW_ROWS = 4000, 256  # GB/s (an H200 has 4,800, an H100 3,350), rows per expert: see `claims`
 _TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
@@ -67,9 +69,16 @@ def ragged(tensor: Tensor, box: list[int], shape: list[int] | None = None, strid
     return descriptor(tensor, [1, 1, *box], [2**31 - 2**16] * 2 + rows, [2**34 - row, row, *strides])
 
 
-def claims(weight: Tensor) -> bool:
-    """Whether a kernel of these weights [E, ...] with an epilogue claims its tiles."""
-    return weight[0].numel() <= MAX_CLAIMED
+def claims(name: str, weight: Tensor, num_rows: int) -> bool:
+    """Whether the kernel that is launched as `name` claims its tiles, for these weights [E, ...] and so many rows.
+
+    Those with an epilogue, where the weights are small; and those of the forward where rows are few, so that many tiles
+    are half padding, and the memory is wide enough to be read more often.
+    """
+    few = num_rows <= FEW_ROWS * weight.shape[0]
+    if name in {"forward", "forward_up"} and few and memory_bandwidth(weight.device) >= WIDE_MEMORY:
+        return True
+    return name in {"forward_up", "dX_dswiglu"} and weight[0].numel() <= MAX_CLAIMED
 
 
 def halves(h: Tensor) -> tuple[list[int], list[int]]:
@@ -162,6 +171,17 @@ def told(news, turn):
 def phase(step, STAGES: gl.constexpr):
     """The parity of a barrier's phase at this step of the ring."""
     return (step // STAGES) & 1
+
+
+@gluon.jit
+def sigmoid(x):
+    """See `activation.sigmoid`, whose bits these are."""
+    power = gl.inline_asm_elementwise(
+        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * -1.4426950408889634], dtype=gl.float32, is_pure=True, pack=1
+    )
+    return gl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [1.0 + power], dtype=gl.float32, is_pure=True, pack=1
+    )
 
 
 @gluon.jit

@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .launch import cdiv, launch, num_programs
-from .specialized import NEWS, claims, descriptor, make_news, phase, quarters_of, told
+from .specialized import NEWS, claims, descriptor, make_news, phase, quarters_of, sigmoid, told
 from .specialized_rows import GROUP_M, halves_of, make_ring, pass_by, producer
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ def _epilogue(
         next_blocks = gl.cdiv(gl.minimum(next_end - next_row0, BLOCK_M), CHUNK_ROWS)
         slot_ahead = gl.load(gather_ptr + next_row0 + row_of_tile, mask=next_row0 + row_of_tile < M, other=0)
         for unit in range(2 * blocks):
-            half = unit // blocks
+            half = gl.where(unit < blocks, 0, 1)
             block = unit - half * blocks
             if block == 0:
                 mbarrier.wait(handed.index(0), handovers & 1)
@@ -211,12 +211,13 @@ def _epilogue(
                 mask = row_ok[:, None] & (cols < width)[None, :]
                 at_h = row.to(gl.int64)[:, None] * (2 * width) + cols[None, :]
                 grad = chunks.index(part * BLOCKS + block).load(layout).to(gl.float32)
-                sig = 1.0 / (1.0 + gl.exp(-gate))
-                a = gate * sig * up
+                sig = sigmoid(gate)
+                silu = gate * sig
+                a = silu * up
                 ds += gl.sum(grad * a, axis=1)  # columns past the width are zeros on both sides
                 grad = grad * scale[:, None]
-                gl.store(dh_ptr + at_h, (grad * up * sig * (1 + gate * (1 - sig))).to(DTYPE), mask=mask)
-                gl.store(dh_ptr + (at_h + width), (grad * gate * sig).to(DTYPE), mask=mask)
+                gl.store(dh_ptr + at_h, (grad * up * gl.fma(silu, 1.0 - sig, sig)).to(DTYPE), mask=mask)
+                gl.store(dh_ptr + (at_h + width), (grad * silu).to(DTYPE), mask=mask)
                 at_a = row.to(gl.int64)[:, None] * width + cols[None, :]
                 gl.store(scaled_a_ptr + at_a, (a * scale[:, None]).to(DTYPE), mask=mask)
             flat_slots = slots._reinterpret(gl.int32, [BLOCKS, CHUNK_ROWS], slots.layout)
@@ -329,15 +330,16 @@ def specialized_dX_dswiglu(
     experts, n, k = weight.shape
     w_desc = descriptor(weight, [1, config.block_n, config.block_k])
     x_desc = w_desc if dy_divisor else descriptor(dy, [config.block_m // 2, config.block_n])  # gathered rows take none
+    name, num_rows = "dX_dswiglu", rows.gather_indices.shape[0]
     launch(
-        "dX_dswiglu",
+        name,
         _specialized_dX_dswiglu,
         (min(num_programs(dy.device), rows.table.max_tiles * cdiv(k, config.block_k)),),
         *(x_desc, w_desc, dy, h, dh, scaled_a, ds, dh if routing_weights is None else routing_weights),
-        *(*rows.arguments, experts, rows.gather_indices.shape[0], n, k),
+        *(*rows.arguments, experts, num_rows, n, k),
         DIVISOR=dy_divisor,
         HAS_WEIGHTS=routing_weights is not None,
-        CLAIM=claims(weight),
+        CLAIM=claims(name, weight, num_rows),
         EVEN_K=bool(dy_divisor) and n % config.block_n == 0,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_k,  # the sum is over n

@@ -12,7 +12,7 @@ and are clipped; every tile has at least LEAST products, of zeros where it has t
 reduction).
 
 A tile whose lower 64 rows are padding takes as long as any other where tiles go round in turn. Where they are claimed
-(CLAIM, with SWIGLU alone) it takes half the products: the lower consumer lets the tile's stages pass.
+(CLAIM) it takes half the products: the lower consumer lets the tile's stages pass.
 
 Of rows in expert order the ring has a stage more than of W, which is twice as large: they are asked for a product
 earlier.
@@ -47,6 +47,7 @@ from .specialized import (
     phase,
     quarters_of,
     ragged,
+    sigmoid,
     slots_of,
     tell,
     told,
@@ -309,7 +310,7 @@ def _store_part(
     if MODE == SWIGLU and OF_A >= 0:
         # H is rounded before the activation, as it is when the activation is a kernel of its own
         gate = quarters[OF_A].to(gl.float32)
-        out.store((gate * (1.0 / (1.0 + gl.exp(-gate))) * quarters[2 + OF_A].to(gl.float32)).to(DTYPE))
+        out.store((gate * sigmoid(gate) * quarters[2 + OF_A].to(gl.float32)).to(DTYPE))
         fence_async_shared()
         box = out._reinterpret(DTYPE, [1, 1, ROWS, COLS], y_desc.layout)
         tma.async_copy_shared_to_global(y_desc, [RAGGED, row_end, ragged_row, col0 + OF_A * COLS], box)
@@ -546,6 +547,7 @@ def _launch(
 ) -> None:
     """`sides`: rows, output and reduction columns of a tile; `outputs`: descriptors of y and h, and y."""
     experts, n, k = weight.shape
+    num_rows = rows.gather_indices.shape[0]
     block_m, block_n, block_k = sides
     reduced, width = (n, k) if flags["TRANS_W"] else (k, n)
     out_n, parts, every = block_n, 4, 2
@@ -566,12 +568,12 @@ def _launch(
         _specialized_rows,
         (min(num_programs(x.device), rows.table.max_tiles * cdiv(width, out_n)),),
         *(x_desc, w_desc, *outputs[:2], x, outputs[2], *rows.arguments),
-        *(experts, rows.gather_indices.shape[0], reduced, width),
+        *(experts, num_rows, reduced, width),
         **{"SCATTER": False, "STORE_H": False, **flags},
         LEAST=least,
         EVERY=every,
         EVEN_K=bool(flags["DIVISOR"]) and reduced % block_k == 0 and reduced >= least * block_k,
-        CLAIM=flags["MODE"] == SWIGLU.value and claims(weight),
+        CLAIM=claims(name, weight, num_rows),
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_K=block_k,
