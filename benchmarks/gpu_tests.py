@@ -1,7 +1,8 @@
 """Run the GPU tests and write down what passed: `python benchmarks/gpu_tests.py OUT.json [pytest arguments]`.
 
 Names of every case by file, the outcomes, what the tests measured themselves, and the sanitizers' verdicts
-(`benchmarks/sanitize.py`) unless the arguments contain `--no-sanitizer`.
+(`benchmarks/sanitize.py`) unless the arguments contain `--no-sanitizer`. Told to end (SIGTERM, as by `timeout`), it
+writes down what has passed until then, and that it was cut off.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -28,7 +30,9 @@ FILES = (
     "tests/test_tune_verb.py",
 )
 RACE = re.compile(r"(Race reported|hazard).* at ")  # how racecheck says between which lines of a kernel
-OUTCOME = re.compile(r"(PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS) (tests/\S+?\.py)::(.*?) *$")
+OUTCOMES = "PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS"
+OUTCOME = re.compile(rf"({OUTCOMES}) (tests/\S+?\.py)::(.*?) *$")  # of several workers, and at the end
+ALONE = re.compile(rf"^(tests/\S+?\.py)::(.*?) ({OUTCOMES}) .*\[ *\d+%\]$")
 
 
 def parsed(log: str) -> dict[str, dict[str, list[str]]]:
@@ -37,6 +41,8 @@ def parsed(log: str) -> dict[str, dict[str, list[str]]]:
     for line in log.splitlines():
         if match := OUTCOME.search(line):  # of a failure the last lines say once more that it is one, and why
             found[match[1].lower()][match[2]].add(match[3].partition(" - ")[0])
+        elif match := ALONE.search(line):
+            found[match[3].lower()][match[1]].add(match[2])
     return {outcome: {file: sorted(names) for file, names in files.items()} for outcome, files in found.items()}
 
 
@@ -77,21 +83,35 @@ def main() -> int:
         environment = {**os.environ, "MOEFACTORY_TEST_GPU": "1", "MOEFACTORY_GPU_REPORT": str(measured)}
         command = [sys.executable, "-m", "pytest", "-v", "-p", "no:benchmark", "-p", "no:cacheprovider", "--tb=short"]
         lines: list[str] = []
+        cut_off: list[int] = []
         with subprocess.Popen(
-            [*command, *arguments, *files], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+            [*command, *arguments, *files],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # its workers end with it
         ) as run:
+
+            def end(number: int, frame: object) -> None:
+                cut_off.append(number)
+                os.killpg(run.pid, signal.SIGKILL)
+
+            signal.signal(signal.SIGTERM, end)
             assert run.stdout is not None
             for line in run.stdout:
                 lines.append(line)
                 if "PASSED" not in line and "::" in line:
                     print(line, end="", flush=True)
-        verdicts = sanitized.result() if sanitized else None
-        figures = [json.loads(line) for line in measured.read_text().splitlines()] if measured.exists() else []
+        verdicts = sanitized.result() if sanitized and not cut_off else None
+        reported = measured.read_text().splitlines() if measured.exists() else []
+        figures = [json.loads(line) for line in reported if line.endswith("}")]  # the last one may be cut off, too
     outcomes = parsed("".join(lines))
     record = {
         "versions": versions(),
         "summary": next((line.strip("= \n") for line in reversed(lines) if " in " in line and "=" in line), None),
         "counts": {outcome: sum(map(len, files.values())) for outcome, files in outcomes.items()},
+        "cut_off": bool(cut_off),
         "sanitizer": verdicts,
         "measured": figures,
         **outcomes,
