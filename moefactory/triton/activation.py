@@ -30,8 +30,8 @@ BLOCK_COLS = 512
 def sigmoid(x):
     """1 / (1 + exp(-x)), of float32 by the special unit's exponential and reciprocal.
 
-    They are what Triton's own are made of, without the eight instructions that keep numbers below 2**-126: those become
-    0 here, which a rounded product with them is anyhow.
+    They are what Triton's own are made of, without the eight instructions that keep numbers below 2**-126. Those become
+    0 here: of gates below -87, whose silu is less than 2**-119.
     """
     if INTERPRETED or x.dtype != tl.float32:
         return tl.sigmoid(x)
