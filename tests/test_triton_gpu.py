@@ -305,11 +305,11 @@ def test_tiles_are_claimed_or_go_round(shape: Shape, programs: int, monkeypatch:
 
 @on_hopper
 def test_memory_bandwidth() -> None:
-    """What is read off the device is what its data sheet says (GB/s), but for the clock's own rounding."""
-    named = {"NVIDIA H200": 4800, "NVIDIA H100 80GB HBM3": 3350}.get(torch.cuda.get_device_name())
-    if named is None:
-        pytest.skip("another GPU: no figure to compare with")
-    assert memory_bandwidth(torch.device("cuda")) == pytest.approx(named, rel=0.05)
+    """What is read off the device is what its data sheet says (GB/s), but for the clock's own rounding; of a Hopper GPU
+    not named here, between the slowest and the fastest of their data sheets."""
+    named = {"NVIDIA H200": (4800, 4800), "NVIDIA H100 80GB HBM3": (3350, 3350)}
+    least, most = named.get(torch.cuda.get_device_name(), (2000, 4900))
+    assert 0.95 * least < memory_bandwidth(torch.device("cuda")) < 1.05 * most
 
 
 @on_hopper

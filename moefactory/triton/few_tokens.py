@@ -29,7 +29,7 @@ from torch import Tensor
 from ..routing import RoutingPlan
 from .launch import accumulator, launch, on_device, power_of_2
 from .library import call, define, refuse_forward_mode, within
-from .router import bits, choose, differentiate_router, probabilities
+from .router import choose, differentiate_router, probabilities
 from .schedule import most_tiles
 
 MIN_TOKENS, MAX_TOKENS = 8, 64  # the router's rows a program; the bits of a word, and at two a warp all the warps
@@ -86,7 +86,6 @@ def _route_few_tokens(
     SLOTS: tl.constexpr,
     NORM: tl.constexpr,
     ACC: tl.constexpr,
-    BITS: tl.constexpr,
     WORD: tl.constexpr,
     TOKENS: tl.constexpr,
     EXPERTS: tl.constexpr,
@@ -97,7 +96,7 @@ def _route_few_tokens(
     offs_s = tl.arange(0, SLOTS)
     row_mask = (offs_t < T)[:, None]
     p, total = probabilities(logits_ptr, offs_t, offs_e, T, E, ACC)  # of rows past the end: what they choose is masked
-    weights, selected, key = choose(p, total, offs_e, offs_s, BITS, TOP_K, NORM, ACC)
+    weights, selected, key = choose(p, total, offs_e, offs_s, TOP_K, NORM)
 
     bit = tl.full((TOKENS,), 1, WORD) << offs_t.to(WORD)
     word = _flat(tl.sum(tl.where((key < 0) & row_mask, bit[:, None], 0), axis=0), offs_e)  # [EXPERTS]
@@ -190,7 +189,6 @@ def route_few_tokens(logits: Tensor, top_k: int, norm_topk_prob: bool, block_m: 
             SLOTS=power_of_2(top_k),
             NORM=norm_topk_prob,
             ACC=accumulator(logits.dtype),
-            BITS=bits(logits.dtype),
             WORD=tl.uint32 if padded <= 32 else tl.uint64,
             TOKENS=padded,
             EXPERTS=power_of_2(experts),

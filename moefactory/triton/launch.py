@@ -142,22 +142,23 @@ def num_programs(device: torch.device, per_multiprocessor: int = 1) -> int:
     """How many persistent programs fill this device."""
     if device.type != "cuda":
         return INTERPRETED_PROGRAMS
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return _multiprocessors(index) * per_multiprocessor
+    return _multiprocessors(_index(device)) * per_multiprocessor
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 def memory_bandwidth(device: torch.device) -> float:
     """GB/s of the device's memory at its highest clock; 0 for a CPU."""
-    if device.type != "cuda":
-        return 0.0
-    return _memory_bandwidth(torch.cuda.current_device() if device.index is None else device.index)
+    return _memory_bandwidth(_index(device)) if device.type == "cuda" else 0.0
 
 
 @cache
 def _memory_bandwidth(index: int) -> float:
-    of_device = triton.runtime.driver.active.utils.get_device_properties(index)
-    bits, kilohertz = of_device["mem_bus_width"], of_device["mem_clock_rate"]
-    return 2e-6 * bits / 8 * kilohertz  # two transfers a cycle
+    from triton.testing import get_dram_gbps
+
+    return float(get_dram_gbps(index))
 
 
 def accumulator(dtype: torch.dtype) -> tl.dtype:

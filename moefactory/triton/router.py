@@ -40,12 +40,15 @@ def probabilities(logits_ptr, offs_t, offs_e, T, E, ACC: tl.constexpr):
 
 
 @triton.jit
-def choose(p, total, offs_e, offs_s, BITS: tl.constexpr, TOP_K: tl.constexpr, NORM: tl.constexpr, ACC: tl.constexpr):
-    """(weights [., SLOTS] in ACC, selected [., SLOTS] int32, keys [., EXPERTS], -1 where an expert was chosen).
+def choose(p, total, offs_e, offs_s, TOP_K: tl.constexpr, NORM: tl.constexpr):
+    """(weights [., SLOTS] in p's type, selected [., SLOTS] int32, keys [., EXPERTS], -1 where an expert was chosen).
+
+    `p` [., EXPERTS] and `total` [.] are those of `probabilities`; `offs_e` and `offs_s` number experts and slots.
 
     Floats of 0 and more are ordered as their bits, so that what is looked for is a largest integer, and its bits are
     the probability. A row of NaN selects the first experts: ids stay distinct and in range, its weights are NaN.
     """
+    BITS: tl.constexpr = tl.int64 if p.dtype == tl.float64 else tl.int32
     TOKENS: tl.constexpr = p.shape[0]
     SLOTS: tl.constexpr = offs_s.shape[0]
     EXPERTS: tl.constexpr = p.shape[1]
@@ -61,7 +64,7 @@ def choose(p, total, offs_e, offs_s, BITS: tl.constexpr, TOP_K: tl.constexpr, NO
         weights = tl.where((offs_s == k)[None, :], best[:, None], weights)
         selected = tl.where((offs_s == k)[None, :], expert[:, None], selected)
         key = tl.where(offs_e[None, :] == expert[:, None], -1, key)  # taken
-    weights = tl.where(broken, float("nan"), weights.to(ACC, bitcast=True))
+    weights = tl.where(broken, float("nan"), weights.to(p.dtype, bitcast=True))
     if NORM:
         weights = weights / tl.sum(weights, axis=1)[:, None]
     return weights, selected, key
@@ -81,7 +84,6 @@ def _route_forward(
     GROUPS: tl.constexpr,
     NORM: tl.constexpr,
     ACC: tl.constexpr,
-    BITS: tl.constexpr,
     EXPERTS: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
@@ -90,7 +92,7 @@ def _route_forward(
     offs_s = tl.arange(0, SLOTS)
     row_mask = offs_t < T
     p, total = probabilities(logits_ptr, offs_t, offs_e, T, E, ACC)
-    weights, selected, _ = choose(p, total, offs_e, offs_s, BITS, TOP_K, NORM, ACC)
+    weights, selected, _ = choose(p, total, offs_e, offs_s, TOP_K, NORM)
     mask = row_mask[:, None] & (offs_s < TOP_K)[None, :]
     out = offs_t.to(tl.int64)[:, None] * TOP_K + offs_s[None, :]
     tl.store(weights_ptr + out, weights.to(weights_ptr.dtype.element_ty), mask=mask)
@@ -164,11 +166,6 @@ def _route_backward(
     tl.store(out, dlogits.to(dlogits_ptr.dtype.element_ty), mask=mask)
 
 
-def bits(dtype: torch.dtype) -> tl.dtype:
-    """The integers as wide as the type sums are held in."""
-    return tl.int64 if accumulator(dtype) is tl.float64 else tl.int32
-
-
 def _meta(logits: Tensor, top_k: int, norm: bool, block_t: int = BLOCK_T) -> dict[str, Any]:
     experts = power_of_2(logits.shape[1])
     # as many logits a thread whatever the block: for up to 128 experts the same sums, in the same order
@@ -218,7 +215,7 @@ def select_and_count(
     counts = torch.empty(blocks, experts + 1, dtype=torch.int32, device=logits.device) if slots else None
     if tokens:
         meta = _meta(logits, top_k, norm_topk_prob, block_t)
-        meta |= {"GROUPS": power_of_2(experts + 1) if slots else 0, "BITS": bits(logits.dtype)}
+        meta["GROUPS"] = power_of_2(experts + 1) if slots else 0
         with on_device(logits.device):
             args = (logits.contiguous(), weights, selected, exact, weights if counts is None else counts)
             launch("route_forward", _route_forward, (blocks,), *args, tokens, experts, **meta)
