@@ -40,7 +40,7 @@ from moefactory.reference import compute_experts as torch_experts
 from moefactory.routing import RoutingPlan, make_plan
 from moefactory.triton import few_tokens, lookup
 from moefactory.triton.options import FusedOptions
-from moefactory.triton.plan import BLOCK_ALONE
+from moefactory.triton.plan import BLOCK, BLOCK_ALONE, FEW_BLOCKS, MAX_FEW_GROUPS
 
 GPU = os.environ.get("MOEFACTORY_TEST_GPU", "") == "1"
 DEVICE = "cuda" if GPU else "cpu"
@@ -356,7 +356,13 @@ def expected_front(tokens: int, experts: int, top_k: int, *, whole: bool) -> lis
     if tokens * top_k <= BLOCK_ALONE:
         return ["route_forward", "plan_alone"]
     counted = whole and top_k in {4, 8, 16} and experts <= 128
-    return ["route_forward", *([] if counted else ["plan_histogram"]), "plan_prefix", "plan_positions"]
+    few = tokens * top_k <= FEW_BLOCKS * BLOCK and experts < MAX_FEW_GROUPS
+    return [
+        "route_forward",
+        *([] if counted else ["plan_histogram"]),
+        *([] if few else ["plan_prefix"]),
+        "plan_positions",
+    ]
 
 
 def expected_forward(flags: dict[str, bool]) -> list[str]:

@@ -454,23 +454,33 @@ def test_plan_of_other_integers(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.interpreter
-def test_plan_with_many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The prefix over blocks walks more than one step; every element is written once."""
+@pytest.mark.parametrize("few", [15, 14])
+def test_plan_with_many_blocks(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The counts of 15 blocks, as many as are few, are added up by each program; of more by a prefix, which walks more
+    than one step. Every element is written once."""
     monkeypatch.setattr("moefactory.triton.plan.BLOCK", 16)
+    monkeypatch.setattr("moefactory.triton.plan.FEW_BLOCKS", few)
     monkeypatch.setattr("moefactory.triton.plan.PREFIX_BLOCKS", 4)
     ids = selection(Shape(80, 5, 3, 1, 1, "dropped"), torch.Generator().manual_seed(3))
-    with write_recorder() as recorder:
+    with launch_module.record_launches() as names, write_recorder() as recorder:
         got = fused_plan(ids, 5)
+    assert ("plan_prefix" in names) == (few < 15)
     assert torch.equal(got.gather_indices, make_plan(ids, 5).gather_indices)
     recorder.check_written_once(got.gather_indices, got.scatter_indices, got.group_offsets, got.token_counts_by_expert)
 
 
+@pytest.mark.parametrize("few", [0, 32])
 @pytest.mark.parametrize("block_m", [16, 128])
-@pytest.mark.parametrize("sizes", [(65, 5, 4), (300, 128, 8), (129, 40, 16), (130, 9, 3), (40, 200, 8)], ids=str)
-def test_counts_and_table_along_the_way(sizes: tuple[int, int, int], block_m: int) -> None:
+@pytest.mark.parametrize(
+    "sizes", [(65, 5, 4), (300, 128, 8), (129, 40, 16), (130, 9, 3), (40, 200, 8), (20, 300, 8)], ids=str
+)
+def test_counts_and_table_along_the_way(
+    sizes: tuple[int, int, int], block_m: int, few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What the router counts and what `plan_positions` adds are the bits of the kernels that do it alone: last blocks
     of a few tokens, experts without tokens, a top_k of which blocks hold no whole tokens, more experts than a warp has
-    in a row, a table too long to be made along the way."""
+    in a row, a table too long to be made along the way; blocks that are few and that are not, more groups than few."""
+    monkeypatch.setattr("moefactory.triton.plan.FEW_BLOCKS", few)
     tokens, experts, top_k = sizes
     logits = torch.randn(tokens, experts, generator=torch.Generator().manual_seed(4)).to(DEVICE)
     logits[:, 1] = -20.0

@@ -1,8 +1,10 @@
-"""RoutingPlan: a stable counting sort of the T*K slots by expert, without atomics; three launches, one for few slots.
+"""RoutingPlan: a stable counting sort of the T*K slots by expert, without atomics; three launches, fewer for few slots.
 
     histogram   tile_counts[b, e] = how many slots of block b go to expert e
     prefix      tile_starts[b, e] = how many of the blocks before b do; token_counts_by_expert[e] = how many in all
     positions   row(slot) = offsets[e] + tile_starts[b, e] + how many slots before it in its block go to e too
+
+Up to FEW_BLOCKS blocks each program of `positions` adds up the counts itself, which are a few KB: no prefix.
 
 In the whole block the router may count (`router.counted`), and positions also makes the tile table of the first GEMM,
 unless that is long: two launches less.
@@ -30,6 +32,7 @@ from .schedule import TILES_PER_PROGRAM, most_tiles, store_tiles
 
 BLOCK = 128  # slots per program; their order within is found by comparing all pairs
 BLOCK_ALONE = 64  # slots that one program sorts faster than three launches do
+FEW_BLOCKS, MAX_FEW_GROUPS = 32, 256  # of slots and their groups, whose counts a program holds in its registers
 PREFIX_GROUPS = 2
 PREFIX_BLOCKS = 1024
 
@@ -101,8 +104,26 @@ def _plan_alone(
 
 
 @triton.jit
+def _counts_and_starts(tile_counts_ptr, tile_starts_ptr, counts_ptr, block, blocks, offs_g, E, BLOCKS: tl.constexpr):
+    """(slots of each group, those of the blocks before this one); with BLOCKS from the counts of all of them."""
+    inside = offs_g < E + 1
+    if BLOCKS > 0:
+        offs_b = tl.arange(0, BLOCKS)
+        ptrs = tile_counts_ptr + offs_b[:, None] * (E + 1) + offs_g[None, :]
+        tile_counts = tl.load(ptrs, mask=(offs_b < blocks)[:, None] & inside[None, :], other=0)  # [BLOCKS, GROUPS]
+        counts = tl.sum(tile_counts, axis=0)
+        if block == 0:
+            tl.store(counts_ptr + offs_g, counts, mask=inside)
+        return counts, tl.sum(tl.where((offs_b < block)[:, None], tile_counts, 0), axis=0)
+    else:
+        counts = tl.load(counts_ptr + offs_g, mask=inside, other=0)
+        return counts, tl.load(tile_starts_ptr + block.to(tl.int64) * (E + 1) + offs_g, mask=inside, other=0)
+
+
+@triton.jit
 def _positions(
     selected_ptr,
+    tile_counts_ptr,
     tile_starts_ptr,
     counts_ptr,
     offsets_ptr,
@@ -118,10 +139,12 @@ def _positions(
     BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     TILES: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):
     block = tl.program_id(0)
     offs_g = tl.arange(0, GROUPS)
-    counts = tl.load(counts_ptr + offs_g, mask=offs_g < E + 1, other=0)
+    of_all = (tile_counts_ptr, tile_starts_ptr, counts_ptr)
+    counts, starts = _counts_and_starts(*of_all, block, tl.num_programs(0), offs_g, E, BLOCKS)
     ends = tl.cumsum(counts, axis=0)
     if block == 0:
         tl.store(offsets_ptr + offs_g, ends - counts, mask=offs_g < E + 1)
@@ -129,7 +152,6 @@ def _positions(
     if TILES > 0:
         table = (tile_expert_ptr, tile_row_ptr, num_tiles_ptr)
         store_tiles(table, ends - counts, counts, offs_g, max_tiles, BLOCK_M, TILES)
-    starts = tl.load(tile_starts_ptr + block.to(tl.int64) * (E + 1) + offs_g, mask=offs_g < E + 1, other=0)
     lane = tl.arange(0, BLOCK)
     slot = block * BLOCK + lane
     mask = slot < M
@@ -188,22 +210,30 @@ def plan_and_table(
             )
         return counts, offsets, gather, scatter, None
     blocks = cdiv(rows, BLOCK)
-    tile_starts = torch.empty(blocks, num_experts + 1, dtype=torch.int32, device=device)
     max_tiles = most_tiles(num_experts + 1, rows, block_m) if block_m else 0
     tiles = power_of_2(cdiv(max_tiles, blocks)) if 0 < max_tiles <= TILES_PER_PROGRAM * blocks else 0
     made = tuple(torch.empty(n, dtype=torch.int32, device=device) for n in (max_tiles, max_tiles, 2) if tiles)
     block = {"GROUPS": groups, "BLOCK": BLOCK}
     with on_device(device):
         if tile_counts is None:
-            tile_counts = torch.empty_like(tile_starts)
+            tile_counts = torch.empty(blocks, num_experts + 1, dtype=torch.int32, device=device)
             launch("plan_histogram", _histogram, (blocks,), selected, tile_counts, rows, num_experts, **block)
-        prefix = {"PREFIX_BLOCKS": min(PREFIX_BLOCKS, power_of_2(blocks)), "PREFIX_GROUPS": PREFIX_GROUPS}
-        grid = (cdiv(num_experts + 1, PREFIX_GROUPS),)
-        launch("plan_prefix", _prefix, grid, tile_counts, tile_starts, counts, blocks, num_experts, **prefix)
-        args = (selected, tile_starts, counts, offsets, gather, scatter, *(made or (counts,) * 3), rows, num_experts)
-        table = {"BLOCK_M": max(block_m, 1), "TILES": tiles}
-        launch("plan_positions", _positions, (blocks,), *args, max_tiles, **block, **table)
+        few = blocks <= FEW_BLOCKS and groups <= MAX_FEW_GROUPS
+        tile_starts = tile_counts if few else _starts(tile_counts, counts)
+        args = (selected, tile_counts, tile_starts, counts, offsets, gather, scatter, *(made or (counts,) * 3))
+        table = {"BLOCK_M": max(block_m, 1), "TILES": tiles, "BLOCKS": max(2, power_of_2(blocks)) if few else 0}
+        launch("plan_positions", _positions, (blocks,), *args, rows, num_experts, max_tiles, **block, **table)
     return counts, offsets, gather, scatter, (made[0], made[1], made[2]) if made else None
+
+
+def _starts(tile_counts: Tensor, counts: Tensor) -> Tensor:
+    """tile_starts [blocks, E+1]; fills counts [E+1]."""
+    blocks, groups = tile_counts.shape
+    tile_starts = torch.empty_like(tile_counts)
+    prefix = {"PREFIX_BLOCKS": min(PREFIX_BLOCKS, power_of_2(blocks)), "PREFIX_GROUPS": PREFIX_GROUPS}
+    grid = (cdiv(groups, PREFIX_GROUPS),)
+    launch("plan_prefix", _prefix, grid, tile_counts, tile_starts, counts, blocks, groups - 1, **prefix)
+    return tile_starts
 
 
 def make_plan(selected_experts: Tensor, num_experts: int) -> RoutingPlan:
