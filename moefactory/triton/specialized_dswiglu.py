@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -117,12 +118,28 @@ def _consumer(WHICH: gl.constexpr, ring, news, da, handed, GATHERED: gl.constexp
 
 @gluon.jit
 def _load_h(h_ptr, row, row_end, col, width, layout: gl.constexpr):
-    """(gate, up) of H: CHUNK_ROWS rows from `row` on, CHUNK_COLS columns from `col` on."""
+    """(gate, up) of H, two columns a word: CHUNK_ROWS rows from `row` on, CHUNK_COLS columns from `col` on.
+
+    Words, since a loop carries them: it would carry the halves one by one, and pack them anew each time.
+    """
     rows = row + gl.arange(0, CHUNK_ROWS, layout=gl.SliceLayout(1, layout))
-    cols = col + gl.arange(0, CHUNK_COLS, layout=gl.SliceLayout(0, layout))
-    mask = (rows < row_end)[:, None] & (cols < width)[None, :]
-    ptrs = h_ptr + rows.to(gl.int64)[:, None] * (2 * width) + cols[None, :]
-    return gl.load(ptrs, mask=mask, other=0.0), gl.load(ptrs + width, mask=mask, other=0.0)
+    cols = col // 2 + gl.arange(0, CHUNK_COLS // 2, layout=gl.SliceLayout(0, layout))
+    mask = (rows < row_end)[:, None] & (cols < width // 2)[None, :]
+    ptrs = h_ptr + (rows.to(gl.int64)[:, None] * width + cols[None, :])
+    return gl.load(ptrs, mask=mask, other=0), gl.load(ptrs + width // 2, mask=mask, other=0)
+
+
+@gluon.jit
+def _numbers(words, DTYPE: gl.constexpr, layout: gl.constexpr):
+    """Of words [CHUNK_ROWS, CHUNK_COLS / 2] the two numbers in each, the lower half first, in float32."""
+    if DTYPE == gl.bfloat16:  # a float32's upper half
+        low = gl.cast(words << 16, gl.float32, bitcast=True)
+        high = gl.cast(words & -65536, gl.float32, bitcast=True)
+    else:
+        low = gl.cast(words.to(gl.int16), DTYPE, bitcast=True).to(gl.float32)
+        high = gl.cast((words >> 16).to(gl.int16), DTYPE, bitcast=True).to(gl.float32)
+    both = gl.reshape(gl.join(low, high), [CHUNK_ROWS, CHUNK_COLS])
+    return gl.convert_layout(both, layout, assert_trivial=True)
 
 
 @gluon.jit
@@ -157,6 +174,7 @@ def _epilogue(
     BLOCKS: gl.constexpr = BLOCK_M // CHUNK_ROWS
     HALF: gl.constexpr = PARTS * CHUNK_COLS
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [EPILOGUE_WARPS, 1], [1, 0])
+    words: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [EPILOGUE_WARPS, 1], [1, 0])  # the same threads' of H
     column: gl.constexpr = gl.SliceLayout(1, layout)
     flat: gl.constexpr = gl.BlockedLayout([1], [32], [EPILOGUE_WARPS], [0])
     chunks = da._reinterpret(DTYPE, [PARTS * BLOCKS, CHUNK_ROWS, CHUNK_COLS], da.layout)
@@ -171,10 +189,10 @@ def _epilogue(
     blocks = gl.cdiv(gl.minimum(row_end - row0, BLOCK_M), CHUNK_ROWS)
     slot_ahead = gl.load(gather_ptr + row0 + row_of_tile, mask=row0 + row_of_tile < M, other=0)
     row1, col1 = _unit(1, blocks, row0, col0, HALF)
-    h0 = _load_h(h_ptr, row0, row_end, col0, width, layout)
-    h1 = _load_h(h_ptr, row0, row_end, col0 + CHUNK_COLS, width, layout)
-    h2 = _load_h(h_ptr, row1, row_end, col1, width, layout)
-    h3 = _load_h(h_ptr, row1, row_end, col1 + CHUNK_COLS, width, layout)
+    h0 = _load_h(h_ptr, row0, row_end, col0, width, words)
+    h1 = _load_h(h_ptr, row0, row_end, col0 + CHUNK_COLS, width, words)
+    h2 = _load_h(h_ptr, row1, row_end, col1, width, words)
+    h3 = _load_h(h_ptr, row1, row_end, col1 + CHUNK_COLS, width, words)
     while steps > 0:
         turn += 1
         next_steps, next_row0, next_end, next_n = told(news, turn)
@@ -204,9 +222,9 @@ def _epilogue(
             ahead_col = gl.where(here, here_col, there_col)
             ds = gl.zeros([CHUNK_ROWS], gl.float32, column)
             for part in gl.static_range(PARTS):
-                gate, up = h0[0].to(gl.float32), h0[1].to(gl.float32)
+                gate, up = _numbers(h0[0], DTYPE, layout), _numbers(h0[1], DTYPE, layout)
                 h0, h1, h2 = h1, h2, h3
-                h3 = _load_h(h_ptr, ahead_row, ahead_end, ahead_col + part * CHUNK_COLS, width, layout)
+                h3 = _load_h(h_ptr, ahead_row, ahead_end, ahead_col + part * CHUNK_COLS, width, words)
                 cols = col0 + half * HALF + part * CHUNK_COLS + offs
                 mask = row_ok[:, None] & (cols < width)[None, :]
                 at_h = row.to(gl.int64)[:, None] * (2 * width) + cols[None, :]
@@ -335,7 +353,8 @@ def specialized_dX_dswiglu(
         name,
         _specialized_dX_dswiglu,
         (min(num_programs(dy.device), rows.table.max_tiles * cdiv(k, config.block_k)),),
-        *(x_desc, w_desc, dy, h, dh, scaled_a, ds, dh if routing_weights is None else routing_weights),
+        *(x_desc, w_desc, dy, h.view(torch.int32)),  # two numbers a word: see `_load_h`
+        *(dh, scaled_a, ds, dh if routing_weights is None else routing_weights),
         *(*rows.arguments, experts, num_rows, n, k),
         DIVISOR=dy_divisor,
         HAS_WEIGHTS=routing_weights is not None,
