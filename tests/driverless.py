@@ -164,6 +164,7 @@ def same_parameters(driver: Driver) -> dict[str, bool]:
         combine,
         decode,
         few_tokens,
+        gate,
         gather,
         launch,
         router,
@@ -189,7 +190,7 @@ def same_parameters(driver: Driver) -> dict[str, bool]:
 
     from moefactory.triton import forward
 
-    users = (activation, backward_dW, backward_dX, combine, decode, few_tokens, forward, gather, router, schedule)
+    users = (activation, backward_dW, backward_dX, combine, decode, few_tokens, forward, gate, gather, router, schedule)
     for user in users:
         user.launch = comparing  # type: ignore[attr-defined]
     for flags in (fused.COMBINATIONS[0], fused.COMBINATIONS[-1]):

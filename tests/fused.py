@@ -380,11 +380,13 @@ def expected_backward(
     gather_first: tuple[bool, bool] = (False, False),
     *,
     router: bool = False,
+    gate: bool = False,
 ) -> list[str]:
     """The kernels of a backward that owes gradients of (x, routing weights, gate_up_proj, down_proj).
 
     `gather_first` of dW of the up and of the down GEMM: whether an indexed operand is copied before the product.
-    `router`: the block's backward, not the experts' alone, with the weighted sum in a kernel.
+    `router`: the block's backward, not the experts' alone, with the weighted sum in a kernel; `gate`: of as few tokens
+    as `gate.gate_gradient` takes, and with the gate's gradient.
     """
     x, scores, up, down = needs
     scores = scores and flags["fuse_combine"]  # else their gradient is torch's
@@ -397,7 +399,7 @@ def expected_backward(
         names += ["swiglu_forward"]
     if down:
         names += ["gather_rows", "dW"] if gather_first[1] and flags["permute_y"] else ["dW"]
-    names += ["route_backward"] if router and scores else []
+    names += ["route_backward", *(["gate_gradient"] if gate else [])] if router and scores else []
     if x:
         names += ["dX", "sum_dX" if router else "combine"]
     if up:

@@ -47,6 +47,7 @@ from moefactory.reference import compute_experts as torch_experts
 from moefactory.triton import pipeline
 from moefactory.triton.choice import choose
 from moefactory.triton.explain import launches
+from moefactory.triton.gate import MAX_TOKENS
 from moefactory.triton.launch import record_launches
 from moefactory.triton.ops import compute_experts
 from moefactory.weights import BlockWeights
@@ -159,7 +160,9 @@ def expected_launches(block: Qwen3MoeFusedGroupedGEMMBlock, tokens: int) -> list
     front = fused.expected_front(tokens, block.model.num_experts, block.model.top_k, whole=whole)
     dW = {one.gemm: choose(one, block.gate.device)[0] for one in launches(block, tokens) if one.pass_name == "bwd_dW"}
     first = dW["up"].gather_first, dW["down"].gather_first  # type: ignore[union-attr]
-    back = [*fused.expected_backward(flags, needs, first, router=whole), *([] if whole else ["route_backward"])]
+    few = not config.dX_only and tokens <= MAX_TOKENS
+    back = fused.expected_backward(flags, needs, first, router=whole, gate=few)
+    back += [] if whole else ["route_backward"]
     again = [] if config.saved is not Saved.x else ["forward"] if config.permute_x else ["gather_rows", "forward"]
     return [*front, *fused.expected_forward(flags), *again, *back]
 

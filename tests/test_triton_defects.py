@@ -283,6 +283,16 @@ DEFECTS: dict[str, Defect] = {
         "key = tl.where(offs_e[None, :] == expert[:, None], -1, key)",
         "key = tl.where((offs_e[None, :] == expert[:, None]) & (k == 0), -1, key)",
     ),
+    "gate: the last tokens left out": Defect(
+        "gate.py",
+        "for first in range(0, T, BLOCK_T)",
+        "for first in range(0, T - BLOCK_T + 1, BLOCK_T)",
+    ),
+    "gate: dlogits of the next expert": Defect(
+        "gate.py",
+        "dlogits_ptr + token[:, None] * E + expert[None, :]",
+        "dlogits_ptr + token[:, None] * E + (expert[None, :] + 1) % E",
+    ),
     "few tokens: an expert's rows start one late": Defect(
         "few_tokens.py",
         "starts = (ends & 0xFFFF) - counts",

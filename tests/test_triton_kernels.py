@@ -35,6 +35,7 @@ from moefactory.triton.plan import make_plan as fused_plan
 from moefactory.triton.router import (
     backward_of_parts,
     counted,
+    room_for_choice,
     select_and_count,
     top_k_softmax,
     top_k_softmax_backward,
@@ -487,11 +488,13 @@ def test_counts_and_table_along_the_way(
     alone = top_k_softmax(logits, top_k, True)
     counts = counted(top_k, experts, BLOCK)
     assert counts == (top_k != 3 and experts <= 128)
-    *chosen, tile_counts = select_and_count(logits, top_k, True, BLOCK if counts else 0)
+    chosen = room_for_choice(logits, top_k, True)
+    tile_counts = select_and_count(logits, True, BLOCK if counts else 0, chosen)
     assert all(torch.equal(one, other) for one, other in zip(chosen, alone, strict=True))
     plan = plan_tensors(alone[1], experts)
-    *planned, table = plan_and_table(chosen[1], experts, tile_counts, block_m)
-    assert all(torch.equal(one, other) for one, other in zip(planned, plan, strict=True))
+    indices = (torch.empty_like(plan[1]), torch.empty_like(plan[2]), torch.empty_like(plan[3]))
+    planned, table = plan_and_table(chosen[1], experts, tile_counts, block_m, indices)
+    assert all(torch.equal(one, other) for one, other in zip((planned, *indices), plan, strict=True))
     right = tile_table(plan[1], tokens * top_k, block_m)
     assert (table is None) == (right.max_tiles > 32 * -(-tokens * top_k // BLOCK))
     if table is not None:

@@ -37,7 +37,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_the_driver_is_told_what_triton_tells_it(found: dict[str, Any]) -> None:
     """Function, stream, grid, block, shared memory and every parameter, byte for byte, tensor maps among them."""
     kernels = {"tile_table", "forward_up", "forward", "combine", "dX_dswiglu", "dX", "dW", "gather_rows"}
-    few = {"route_few_tokens", "route_backward", "sum_dX", "decode_gate", "decode_experts"}
+    few = {"route_few_tokens", "route_backward", "gate_gradient", "sum_dX", "decode_gate", "decode_experts"}
     assert set(found["same parameters"]) == kernels | {"swiglu_forward", "swiglu_backward"} | few
     assert all(found["same parameters"].values()), found["same parameters"]
 

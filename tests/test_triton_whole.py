@@ -22,10 +22,12 @@ from torch import Tensor
 from moefactory.block import Qwen3MoeFusedGroupedGEMMBlock, Qwen3MoeGroupedGEMMBlock
 from moefactory.config import ResolvedModel
 from moefactory.triton import combine, whole
+from moefactory.triton.gate import MAX_TOKENS, gate_gradient
 from moefactory.triton.launch import record_launches
 from moefactory.triton.ops import compute_experts
 from moefactory.triton.options import FusedOptions
 from moefactory.triton.plan import make_plan
+from moefactory.triton.routed import parts_of, size_of, views_of
 from moefactory.triton.router import select
 
 MODEL = ResolvedModel(64, 32, 8, 2, True, "silu")
@@ -110,6 +112,47 @@ def test_sum_dX_keeps_a_bad_row_to_its_token() -> None:
     assert torch.equal(dx.isnan(), bad)
 
 
+# --- the gate's gradient ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("sizes", [(1, 1, 8), (7, 3, 40), (64, 64, 64), (65, 70, 136), (MAX_TOKENS, 129, 72)], ids=str)
+def test_gate_gradient(sizes: tuple[int, int, int], dtype: torch.dtype) -> None:
+    """Against float64, below, at and above a program's 64 on each side: sums of float32 in some order, then one
+    rounding to the dtype.
+
+    The bound is one unit in the last place of the result, plus float32's of the sum of the addends' sizes.
+    """
+    tokens, experts, width = sizes
+    draw = torch.Generator().manual_seed(7)
+    dlogits, x = (torch.randn(tokens, n, generator=draw, dtype=torch.float64).to(dtype) for n in (experts, width))
+    with record_launches() as names:
+        got = gate_gradient(dlogits.to(DEVICE), x.to(DEVICE))
+    assert names == ["gate_gradient"]
+    assert (got.shape, got.dtype) == ((experts, width), dtype)
+    exact, terms = dlogits.double().T @ x.double(), dlogits.double().abs().T @ x.double().abs()
+    inner = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    assert ((got.cpu().double() - exact).abs() <= exact.abs() * torch.finfo(dtype).eps + terms * inner * tokens).all()
+
+
+@pytest.mark.parametrize("tokens", [0, MAX_TOKENS + 1])
+def test_gate_gradient_of_none_or_many_tokens_is_torchs(tokens: int) -> None:
+    dlogits, x = (torch.randn(tokens, n, device=DEVICE, dtype=WIDE) for n in (8, 24))
+    with record_launches() as names:
+        assert torch.equal(gate_gradient(dlogits, x), dlogits.t() @ x)
+    assert names == []
+
+
+def test_gate_gradient_keeps_a_bad_number_to_its_row_and_column() -> None:
+    """NaN in dlogits reaches its expert's row, NaN in x its column, and nothing else."""
+    draw = torch.Generator().manual_seed(8)
+    dlogits, x = torch.randn(70, 66, generator=draw), torch.randn(70, 130, generator=draw)
+    dlogits[69, 65], x[3, 129] = float("nan"), float("nan")
+    bad = torch.zeros(66, 130, dtype=torch.bool)
+    bad[65], bad[:, 129] = True, True
+    assert torch.equal(gate_gradient(dlogits.to(DEVICE), x.to(DEVICE)).cpu().isnan(), bad)
+
+
 # --- a step -----------------------------------------------------------------------------------------------------------
 
 
@@ -164,10 +207,12 @@ def test_the_node_and_its_parts(tokens: int, dtype: torch.dtype) -> None:
         patch.setattr(Qwen3MoeFusedGroupedGEMMBlock, "_at_once", lambda *args: None)
         apart = step(block, x, dy, None)
     assert set(got) == set(apart)
-    assert [name for name in got if name != "dx" and not torch.equal(got[name], apart[name])] == []
+    summed = {"dx", "gate"}  # in another order: the gate's gradient by a kernel, not by torch
+    assert [name for name in got if name not in summed and not torch.equal(got[name], apart[name])] == []
     selected = judge.held_routing(MODEL, judge.unit_weights(MODEL, dtype), x)
-    exact = judge.oracle(MODEL, judge.unit_weights(MODEL, dtype), x, dy, selected)["dx"]
-    assert judge.complaints({"dx": got["dx"]}, {"dx": apart["dx"]}, {"dx": exact}, dtype) == []
+    exact = judge.oracle(MODEL, judge.unit_weights(MODEL, dtype), x, dy, selected)
+    mine, parts, right = ({"dx": t["dx"], "gate": t["gate"].reshape(1, -1)} for t in (got, apart, exact))
+    assert judge.complaints(mine, parts, right, dtype) == []
 
 
 @pytest.mark.parametrize("needs", [n for n in product((True, False), repeat=4) if any(n)], ids=str)
@@ -192,7 +237,7 @@ def test_only_requested_gradients(needs: tuple[bool, ...]) -> None:
         assert mine is None or torch.equal(mine, right), name
     x, gate, up, down = needs
     flags = dict.fromkeys(fused.FLAGS, True)
-    expected = fused.expected_backward(flags, (x, x or gate, up, down), router=True)
+    expected = fused.expected_backward(flags, (x, x or gate, up, down), router=True, gate=gate)
     forward = [*fused.expected_front(70, 8, 2, whole=True), *fused.expected_forward(flags)]
     assert fused.without_tables(names) == [*forward, *expected]
 
@@ -200,7 +245,8 @@ def test_only_requested_gradients(needs: tuple[bool, ...]) -> None:
 def test_what_is_done_along_the_way() -> None:
     """Of 70 tokens, in tiles of 16 columns, of which dA has two: the whole block launches no sum of ds, since the
     router's backward adds its parts, and no tile table in its forward, since the plan makes it; one in its backward.
-    With a top_k of 4 the router counts, too. Router and experts apart launch all of these, and give the same bits."""
+    With a top_k of 4 the router counts, too. Router and experts apart launch all of these, and give the same bits, but
+    for the gate's gradient, which torch sums up in its own order."""
     model = ResolvedModel(64, 32, 8, 4, True, "silu")
     options = fused.options(COMBINATIONS[0], 4, fused.small_kernels(16, 16, 16))
     assert all(getattr(options, flag) for flag in fused.FLAGS)
@@ -226,7 +272,9 @@ def test_what_is_done_along_the_way() -> None:
     assert [[names.count(name) for name in extra] for names in of_whole] == [[0, 0, 0], [0, 1, 0]]
     assert [[names.count(name) for name in extra] for names in of_apart] == [[1, 1, 0], [0, 1, 1]]
     assert len(whole_bits) == len(apart_bits) == 4  # the output and what is not x's, whose parts are rounded apart
-    assert all(torch.equal(one, other) for one, other in zip(whole_bits, apart_bits, strict=True))
+    (whole_gate,), (apart_gate,) = whole_bits[1:2], apart_bits[1:2]
+    assert (whole_gate - apart_gate).abs().max() <= (1e-5 if GPU else 1e-13) * apart_gate.abs().max()
+    assert all(torch.equal(whole_bits[i], apart_bits[i]) for i in (0, 2, 3))
 
 
 def test_logits_may_be_changed_after_the_forward() -> None:
@@ -251,6 +299,35 @@ def test_repeated(tokens: int) -> None:
         assert fused.differing(step(block, x, dy, None), first) == []
 
 
+# --- what is kept between the two -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("sizes", [(0, 3, 2), (1, 1, 1), (5, 7, 3), (70, 130, 8)], ids=str)
+def test_parts_of_one_memory(sizes: tuple[int, int, int], dtype: torch.dtype, norm: bool) -> None:
+    """Each part has its shape and dtype, starts at a multiple of 16 bytes as the kernels need it, and shares no byte
+    with another: filled one after the other, all hold what they were filled with."""
+    tokens, experts, top_k = sizes
+    parts = parts_of(tokens, experts, top_k, dtype, norm)
+    memory = torch.empty(size_of(parts), dtype=torch.uint8, device=DEVICE)
+    views = views_of(memory, parts)
+    wide = torch.promote_types(dtype, torch.float32)
+    shapes = [
+        (tokens, top_k),
+        (tokens, top_k),
+        (tokens if norm else 0, top_k),
+        (experts + 2,),
+        *[(tokens * top_k,)] * 2,
+    ]
+    dtypes = [dtype, torch.int64, wide, torch.int32, torch.int32, torch.int32]
+    assert [(tuple(v.shape), v.dtype) for v in views] == list(zip(shapes, dtypes, strict=True))
+    for value, view in enumerate(views):
+        assert not view.numel() or view.data_ptr() % 16 == 0
+        view.fill_(value)
+    assert all(bool((view == value).all()) for value, view in enumerate(views))
+
+
 # --- the operators ----------------------------------------------------------------------------------------------------
 
 
@@ -262,11 +339,10 @@ def test_opcheck(tokens: int, norm: bool) -> None:
     text = FusedOptions(2).text
     torch.library.opcheck(whole.block_forward, (*tensors, norm, text, True))
     with torch.no_grad():
-        out, logits, h, weights, selected, exact, *indices = whole.block_forward(*tensors, norm, text, True)
+        out, logits, h, routed = whole.block_forward(*tensors, norm, text, True)
     plain = [t.detach() for t in tensors]
-    routed = exact if norm else logits
     for dlogits, needs in ((None, [True] * 4), (torch.ones_like(logits), [True, True, False, False])):
-        saved = (*plain, routed, h, weights, selected, *indices, dlogits)
+        saved = (*plain, h, routed, None if norm else logits.clone(), dlogits)
         torch.library.opcheck(whole.block_backward, (torch.ones_like(out), *saved, norm, text, needs))
 
 

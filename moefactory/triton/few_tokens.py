@@ -29,7 +29,8 @@ from torch import Tensor
 from ..routing import RoutingPlan
 from .launch import accumulator, launch, on_device, power_of_2
 from .library import call, define, refuse_forward_mode, within
-from .router import choose, differentiate_router, probabilities
+from .plan import Three
+from .router import Chosen, choose, differentiate_router, probabilities, room_for_choice
 from .schedule import most_tiles
 
 MIN_TOKENS, MAX_TOKENS = 8, 64  # the router's rows a program; the bits of a word, and at two a warp all the warps
@@ -142,19 +143,22 @@ def _padded(tokens: int) -> int:
     return max(MIN_TOKENS, power_of_2(tokens))
 
 
-def _empty(logits: Tensor, top_k: int, norm_topk_prob: bool, block_m: int) -> tuple[Tensor, ...]:
-    """Room for the results of `route_few_tokens`; its fake."""
+def _integers(device: torch.device, *sizes: int) -> tuple[Tensor, ...]:
+    return tuple(torch.empty(n, dtype=torch.int32, device=device) for n in sizes)
+
+
+def _counts_and_table(logits: Tensor, top_k: int, block_m: int) -> tuple[Tensor, ...]:
     tokens, experts = logits.shape
-    slots, device = tokens * top_k, logits.device
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    max_tiles = most_tiles(experts + 1, slots, block_m)
-    sizes = (experts + 1, experts + 2, slots, slots, max_tiles, max_tiles, 2)
-    return (
-        torch.empty(tokens, top_k, dtype=logits.dtype, device=device),
-        torch.empty(tokens, top_k, dtype=torch.int64, device=device),
-        torch.empty(tokens if norm_topk_prob else 0, top_k, dtype=wide, device=device),
-        *(torch.empty(n, dtype=torch.int32, device=device) for n in sizes),
-    )
+    max_tiles = most_tiles(experts + 1, tokens * top_k, block_m)
+    return _integers(logits.device, experts + 1, max_tiles, max_tiles, 2)
+
+
+def _empty(logits: Tensor, top_k: int, norm_topk_prob: bool, block_m: int) -> tuple[Tensor, ...]:
+    """Memory for the results of `route_few_tokens`; its fake."""
+    slots = logits.shape[0] * top_k
+    counts, *table = _counts_and_table(logits, top_k, block_m)
+    indices = _integers(logits.device, logits.shape[1] + 2, slots, slots)
+    return *room_for_choice(logits, top_k, norm_topk_prob), counts, *indices, *table
 
 
 @define(
@@ -176,10 +180,23 @@ def route_few_tokens(logits: Tensor, top_k: int, norm_topk_prob: bool, block_m: 
     tokens, experts = logits.shape
     if not few(tokens, experts):
         raise ValueError(f"logits: got {tokens} tokens of {experts} experts; see moefactory.triton.few_tokens.few")
-    device = logits.device
     out = _empty(logits, top_k, norm_topk_prob, block_m)
+    _launch(logits, out, top_k, norm_topk_prob, block_m)
+    return out
+
+
+def route_into(chosen: Chosen, indices: Three, logits: Tensor, norm_topk_prob: bool, block_m: int) -> Three:
+    """Fill (routing weights, selected experts, weights before the cast) and (offsets, gather, scatter); the table."""
+    top_k = chosen[0].shape[1]
+    counts, *table = _counts_and_table(logits, top_k, block_m)
+    _launch(logits, (*chosen, counts, *indices, *table), top_k, norm_topk_prob, block_m)
+    return table[0], table[1], table[2]
+
+
+def _launch(logits: Tensor, out: tuple[Tensor, ...], top_k: int, norm_topk_prob: bool, block_m: int) -> None:
+    tokens, experts = logits.shape
     padded = _padded(tokens)
-    with on_device(device):
+    with on_device(logits.device):
         launch(
             "route_few_tokens",
             _route_few_tokens,
@@ -196,7 +213,6 @@ def route_few_tokens(logits: Tensor, top_k: int, norm_topk_prob: bool, block_m: 
             # as many logits a thread as in the router's program of 8 rows and 4 warps: its sums, its order of adding
             num_warps=padded // 2,
         )
-    return out
 
 
 differentiate_router(route_few_tokens)

@@ -174,25 +174,37 @@ def _fake(selected: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, T
 @define("plan(Tensor selected, int num_experts) -> (Tensor, Tensor, Tensor, Tensor)", _fake)
 def plan_tensors(selected: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(counts [E+1], offsets [E+2], gather [T*K], scatter [T*K]), int32, of selected experts [T,K]."""
-    return plan_and_table(selected, num_experts, None, 0)[:4]
+    rows, device = selected.numel(), selected.device
+    sizes = (num_experts + 2, rows, rows)
+    offsets, gather, scatter = (torch.empty(n, dtype=torch.int32, device=device) for n in sizes)
+    counts, _ = plan_and_table(selected, num_experts, None, 0, (offsets, gather, scatter))
+    return counts, offsets, gather, scatter
 
 
-Table = tuple[Tensor, Tensor, Tensor]
+Three = tuple[Tensor, Tensor, Tensor]
 
 
 def plan_and_table(
-    selected: Tensor, num_experts: int, tile_counts: Tensor | None, block_m: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Table | None]:
-    """`plan_tensors`, and with `block_m` the table of row tiles of that height, where it is made along the way.
+    selected: Tensor, num_experts: int, tile_counts: Tensor | None, block_m: int, indices: Three
+) -> tuple[Tensor, Three | None]:
+    """Fill `indices` (offsets, gather, scatter) as `plan_tensors`.
 
-    `tile_counts`: the histogram, where the router has made it (`router.select_and_count`, of BLOCK slots).
+    Args:
+        selected: [T,K].
+        num_experts: E.
+        tile_counts: the histogram, where the router has made it (`router.select_and_count`, of BLOCK slots).
+        block_m: the height of the row tiles for which a table is wanted, or 0.
+        indices: what is filled.
+
+    Returns:
+        counts [E+1], and the table, where it is made along the way.
     """
     rows, device = selected.numel(), selected.device
-    counts, offsets, gather, scatter = (
-        torch.empty(n, dtype=torch.int32, device=device) for n in (num_experts + 1, num_experts + 2, rows, rows)
-    )
+    offsets, gather, scatter = indices
+    counts = torch.empty(num_experts + 1, dtype=torch.int32, device=device)
     if not rows:
-        return counts.zero_(), offsets.zero_(), gather, scatter, None
+        offsets.zero_()
+        return counts.zero_(), None
     selected = selected.contiguous()
     groups = power_of_2(num_experts + 1)
     if rows <= BLOCK_ALONE:
@@ -208,7 +220,7 @@ def plan_and_table(
                 GROUPS=groups,
                 BLOCK=max(16, power_of_2(rows)),
             )
-        return counts, offsets, gather, scatter, None
+        return counts, None
     blocks = cdiv(rows, BLOCK)
     max_tiles = most_tiles(num_experts + 1, rows, block_m) if block_m else 0
     tiles = power_of_2(cdiv(max_tiles, blocks)) if 0 < max_tiles <= TILES_PER_PROGRAM * blocks else 0
@@ -223,7 +235,7 @@ def plan_and_table(
         args = (selected, tile_counts, tile_starts, counts, offsets, gather, scatter, *(made or (counts,) * 3))
         table = {"BLOCK_M": max(block_m, 1), "TILES": tiles, "BLOCKS": max(2, power_of_2(blocks)) if few else 0}
         launch("plan_positions", _positions, (blocks,), *args, rows, num_experts, max_tiles, **block, **table)
-    return counts, offsets, gather, scatter, (made[0], made[1], made[2]) if made else None
+    return counts, (made[0], made[1], made[2]) if made else None
 
 
 def _starts(tile_counts: Tensor, counts: Tensor) -> Tensor:

@@ -33,30 +33,31 @@ _tapes: dict[tuple[Any, ...], Any] = {}
 
 
 def replayed(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, an operator's implementation, from its third call of a kind on without its Python.
-
-    Its tensors come first among its arguments.
-    """
+    """`function`, an operator's implementation, from its third call of a kind on without its Python."""
     if interpreting():
         return function
 
     @functools.wraps(function)
     def run(*args: Any) -> Any:
-        tensors = [arg for arg in args if isinstance(arg, Tensor)]
-        addresses = [tensor.data_ptr() for tensor in tensors]
-        device = tensors[0].device
+        device = args[0].device
+        tensors: list[Tensor] = []
+        addresses: list[int] = []
         key: list[Any] = [function, device]
-        plain = True
-        for tensor in tensors:
-            key.append(tensor.shape)
-            key.append(tensor.dtype)
-            plain = plain and tensor.is_contiguous() and tensor.device == device
-        key += [tuple(arg) if type(arg) is list else arg for arg in args[len(tensors) :]]
-        kind = tuple(key)
-        for address in addresses:
-            plain = plain and address % 16 == 0
-        if not plain:  # no tape is made for such, nor is one right
+        bits, plain = 0, True
+        for arg in args:
+            if isinstance(arg, Tensor):
+                address = arg.data_ptr()
+                bits |= address
+                plain = plain and arg.is_contiguous() and arg.device == device
+                tensors.append(arg)
+                addresses.append(address)
+                key.append(arg.shape)
+                key.append(arg.dtype)
+            else:
+                key.append(tuple(arg) if type(arg) is list else arg)
+        if not plain or bits % 16:  # no tape is made for such, nor is one right
             return function(*args)
+        kind = tuple(key)
         tape = _tapes.get(kind, _NEW)
         if type(tape) is Tape and not hooked():
             with on_device(device):
@@ -68,7 +69,7 @@ def replayed(function: Callable[..., Any]) -> Callable[..., Any]:
                 result = function(*args)
             _tapes[kind] = recorder.tape(result, device) or _NEVER
             return result
-        if tape is _NEW and not any(isinstance(arg, Tensor) for arg in args[len(tensors) :]):
+        if tape is _NEW:
             if len(_tapes) >= MAX_TAPES:
                 _tapes.clear()
             _tapes[kind] = _SEEN

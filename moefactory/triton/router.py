@@ -179,19 +179,26 @@ def _exact(logits: Tensor, top_k: int, norm_topk_prob: bool) -> Tensor:
     return torch.empty(logits.shape[0] if norm_topk_prob else 0, top_k, dtype=wide, device=logits.device)
 
 
-def _forward_fake(logits: Tensor, top_k: int, norm_topk_prob: bool) -> tuple[Tensor, Tensor, Tensor]:
+Chosen = tuple[Tensor, Tensor, Tensor]  # routing weights, selected experts, weights before the cast
+
+
+def room_for_choice(logits: Tensor, top_k: int, norm_topk_prob: bool) -> Chosen:
+    """Memory for the results of `top_k_softmax`; its fake."""
     shape = (logits.shape[0], top_k)
-    selected = logits.new_empty(shape, dtype=torch.int64)
-    return logits.new_empty(shape), selected, _exact(logits, top_k, norm_topk_prob)
+    selected = torch.empty(shape, dtype=torch.int64, device=logits.device)
+    weights = torch.empty(shape, dtype=logits.dtype, device=logits.device)
+    return weights, selected, _exact(logits, top_k, norm_topk_prob)
 
 
-@define("top_k_softmax(Tensor logits, int top_k, bool norm_topk_prob) -> (Tensor, Tensor, Tensor)", _forward_fake)
+@define("top_k_softmax(Tensor logits, int top_k, bool norm_topk_prob) -> (Tensor, Tensor, Tensor)", room_for_choice)
 def top_k_softmax(logits: Tensor, top_k: int, norm_topk_prob: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(routing_weights [T,K] in the logits' dtype, selected_experts [T,K] int64, weights before the cast) of [T,E].
 
     The last is empty without norm_topk_prob: the backward then needs every probability, and makes them from the logits.
     """
-    return select_and_count(logits, top_k, norm_topk_prob, 0)[:3]
+    chosen = room_for_choice(logits, top_k, norm_topk_prob)
+    select_and_count(logits, norm_topk_prob, 0, chosen)
+    return chosen
 
 
 def counted(top_k: int, num_experts: int, slots: int) -> bool:
@@ -202,14 +209,9 @@ def counted(top_k: int, num_experts: int, slots: int) -> bool:
     return num_experts <= 128 and slots % top_k == 0 and 8 <= slots // top_k <= 32
 
 
-def select_and_count(
-    logits: Tensor, top_k: int, norm_topk_prob: bool, slots: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """`top_k_softmax`, and the plan's tile_counts [blocks, E+1] of blocks of `slots` slots; with 0, None."""
-    tokens, experts = logits.shape
-    exact = _exact(logits, top_k, norm_topk_prob)
-    weights = torch.empty(tokens, top_k, dtype=logits.dtype, device=logits.device)
-    selected = torch.empty(tokens, top_k, dtype=torch.int64, device=logits.device)
+def select_and_count(logits: Tensor, norm_topk_prob: bool, slots: int, chosen: Chosen) -> Tensor | None:
+    """Fill `chosen` as `top_k_softmax` would; the plan's tile_counts [blocks, E+1] of blocks of `slots`; None for 0."""
+    (tokens, experts), top_k = logits.shape, chosen[0].shape[1]
     block_t = slots // top_k if slots else BLOCK_T
     blocks = cdiv(tokens, block_t)
     counts = torch.empty(blocks, experts + 1, dtype=torch.int32, device=logits.device) if slots else None
@@ -217,9 +219,9 @@ def select_and_count(
         meta = _meta(logits, top_k, norm_topk_prob, block_t)
         meta["GROUPS"] = power_of_2(experts + 1) if slots else 0
         with on_device(logits.device):
-            args = (logits.contiguous(), weights, selected, exact, weights if counts is None else counts)
+            args = (logits.contiguous(), *chosen, chosen[0] if counts is None else counts)
             launch("route_forward", _route_forward, (blocks,), *args, tokens, experts, **meta)
-    return weights, selected, exact, counts
+    return counts
 
 
 def _backward_fake(dweights: Tensor, saved: Tensor, selected: Tensor, num_experts: int, norm_topk_prob: bool) -> Tensor:

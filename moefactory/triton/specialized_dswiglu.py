@@ -132,7 +132,7 @@ def _load_h(h_ptr, row, row_end, col, width, layout: gl.constexpr):
 @gluon.jit
 def _numbers(words, DTYPE: gl.constexpr, layout: gl.constexpr):
     """Of words [CHUNK_ROWS, CHUNK_COLS / 2] the two numbers in each, the lower half first, in float32."""
-    if DTYPE == gl.bfloat16:  # a float32's upper half
+    if gl.bfloat16 == DTYPE:  # a float32's upper half
         low = gl.cast(words << 16, gl.float32, bitcast=True)
         high = gl.cast(words & -65536, gl.float32, bitcast=True)
     else:

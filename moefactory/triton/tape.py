@@ -110,8 +110,9 @@ class Tape:
         made: list[Any] = [None] * (self.slots - len(given))
         tensors, values = given + made, addresses + made + self.values
         stream = current_stream(torch.cuda.current_device())
-        for step in self.steps:
-            step(tensors, values, stream)
+        with torch._C._AutoDispatchBelowAutograd():  # nothing in here is differentiated: torch need not look at it
+            for step in self.steps:
+                step(tensors, values, stream)
         if isinstance(self.outputs, tuple):
             return tuple([None if slot is None else tensors[slot] for slot in self.outputs])
         return None if self.outputs is None else tensors[self.outputs]
@@ -146,10 +147,11 @@ def compose(
             scratch[event.made], total = total, total + -(-size // ALIGNED) * ALIGNED  # type: ignore[index]
     slots = len(made) + 1  # the last one is the scratch
     values: list[Any] = []
+    shifted: dict[tuple[int, int], int] = {}
     steps = [_scratch(slots - 1, total, device, list(scratch.items()))] if scratch else []
     for i, event in enumerate(kept):
         if event.kind == "launch":
-            steps += _launch(event, slots, values)
+            steps += _launch(event, slots, values, shifted)
         elif event.kind != "empty":
             steps.append(_operator(event))
         elif event.made not in scratch:
@@ -220,8 +222,8 @@ def _operator(event: Event) -> Step:
     return step
 
 
-def _launch(event: Event, slots: int, values: list[Any]) -> list[Step]:
-    """The launch, and before it what its arguments need."""
+def _launch(event: Event, slots: int, values: list[Any], shifted: dict[tuple[int, int], int]) -> list[Step]:
+    """The launch, and before it what its arguments need. `shifted`: (slot, offset) -> the value that is their sum."""
 
     def index_of(value: Any) -> int:
         values.append(value)
@@ -237,8 +239,10 @@ def _launch(event: Event, slots: int, values: list[Any]) -> list[Step]:
             continue
         address = arg.slot
         if arg.offset:
-            address = index_of(None)
-            steps.append(_shift(address, arg.slot, arg.offset))
+            if (known := shifted.get((arg.slot, arg.offset))) is None:
+                known = shifted[arg.slot, arg.offset] = index_of(None)
+                steps.append(_shift(known, arg.slot, arg.offset))
+            address = known
         if arg.like is not None:
             shape, strides = tuple(arg.like.shape), tuple(arg.like.strides)
             found = index_of(None)

@@ -9,12 +9,9 @@ routes otherwise, traces, or leaves the weighted sum to torch.
 
 Saved between forward and backward: x, the weights, and
 
-    routed               [T, K] or [T, E]   the routing weights before the cast; without norm_topk_prob the logits
-    h                    [T*K, 2I]          empty where it is not kept
-    routing_weights      [T, K]             in x's dtype
-    selected_experts     [T, K] int64
-    offsets              [E+2] int32        the plan's
-    gather, scatter      [T*K] int32        the plan's
+    h         [T*K, 2I]   empty where it is not kept
+    routed    uint8       see `routed`
+    logits    [T, E]      without norm_topk_prob, whose backward does not need them
 """
 
 from __future__ import annotations
@@ -26,16 +23,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import few_tokens
-from .few_tokens import route_few_tokens
+from .gate import gate_gradient
 from .launch import aligned, on_device
-from .library import call, define, differentiate, no_second_derivative, plain, refuse_forward_mode
+from .library import call, define, differentiate, no_second_derivative, refuse_forward_mode
 from .ops import check_weights, empty_gradients, refuse_compiled_reuse, spend
 from .options import FusedOptions, parse
 from .pipeline import Pipeline, config_of, empty_like_none
-from .plan import BLOCK, BLOCK_ALONE, plan_and_table
+from .plan import BLOCK, BLOCK_ALONE, Three, plan_and_table
+from .routed import Part, Routed, parts_of, size_of, views_of
 from .router import backward_of_parts, counted, select_and_count
-
-Three = tuple[Tensor, Tensor, Tensor]
 
 
 def _forward_fake(
@@ -47,17 +43,17 @@ def _forward_fake(
     options: str,
     save_h: bool,
 ) -> tuple[Tensor, ...]:
-    (tokens, _), experts, top_k = x.shape, gate.shape[0], parse(options).top_k
-    rows, wide = tokens * top_k, torch.promote_types(x.dtype, torch.float32)
+    o = parse(options)
     return (
         x.new_empty(x.shape),
-        x.new_empty(tokens, experts),
-        x.new_empty((rows, gate_up_proj.shape[1]) if save_h else 0),
-        x.new_empty(tokens, top_k),
-        x.new_empty(tokens, top_k, dtype=torch.int64),
-        x.new_empty(tokens if norm_topk_prob else 0, top_k, dtype=wide),
-        *(x.new_empty(n, dtype=torch.int32) for n in (experts + 2, rows, rows)),
+        x.new_empty(x.shape[0], gate.shape[0]),
+        x.new_empty((x.shape[0] * o.top_k, gate_up_proj.shape[1]) if save_h else 0),
+        x.new_empty(size_of(_parts(x, gate, o, norm_topk_prob)), dtype=torch.uint8),
     )
+
+
+def _parts(x: Tensor, gate: Tensor, options: FusedOptions, norm_topk_prob: bool) -> list[Part]:
+    return parts_of(x.shape[0], gate.shape[0], options.top_k, x.dtype, norm_topk_prob)
 
 
 def _block_m(gate_up_proj: Tensor, num_rows: int, options: FusedOptions) -> int:
@@ -65,21 +61,18 @@ def _block_m(gate_up_proj: Tensor, num_rows: int, options: FusedOptions) -> int:
     return config_of("fwd", "up", gate_up_proj, num_rows, options).block_m
 
 
-def _routed(
-    logits: Tensor, gate_up_proj: Tensor, norm_topk_prob: bool, options: FusedOptions
-) -> tuple[Three, Three, Three | None, int]:
-    """((routing_weights, selected, exact), (offsets, gather, scatter), a tile table and its height if one was made)."""
+def _route(
+    routed: Routed, logits: Tensor, gate_up_proj: Tensor, norm_topk_prob: bool, options: FusedOptions
+) -> tuple[Three | None, int]:
+    """Fill `routed`; a tile table and its height if one was made."""
     tokens, experts = logits.shape
-    if few_tokens.few(tokens, experts):
-        block_m = _block_m(gate_up_proj, tokens * options.top_k, options)
-        out = plain(route_few_tokens)(logits, options.top_k, norm_topk_prob, block_m)
-        weights, selected, exact, _, offsets, gather, scatter, *table = out
-        return (weights, selected, exact), (offsets, gather, scatter), (table[0], table[1], table[2]), block_m
     block_m = _block_m(gate_up_proj, tokens * options.top_k, options) if tokens else 0
+    if few_tokens.few(tokens, experts):
+        return few_tokens.route_into(routed.chosen, routed.indices, logits, norm_topk_prob, block_m), block_m
     slots = BLOCK if tokens * options.top_k > BLOCK_ALONE and counted(options.top_k, experts, BLOCK) else 0
-    weights, selected, exact, counts = select_and_count(logits, options.top_k, norm_topk_prob, slots)
-    _, offsets, gather, scatter, made = plan_and_table(selected, experts, counts, block_m)
-    return (weights, selected, exact), (offsets, gather, scatter), made, block_m
+    counts = select_and_count(logits, norm_topk_prob, slots, routed.chosen)
+    _, table = plan_and_table(routed.selected_experts, experts, counts, block_m, routed.indices)
+    return table, block_m
 
 
 def _block_forward(
@@ -96,17 +89,20 @@ def _block_forward(
     check_weights(x, gate.shape[0], gate_up_proj, down_proj, gate)
     x = aligned(x)
     logits = F.linear(x, gate)
-    (weights, selected, exact), indices, table, block_m = _routed(logits, gate_up_proj, norm_topk_prob, o)
+    parts = _parts(x, gate, o, norm_topk_prob)
+    memory = torch.empty(size_of(parts), dtype=torch.uint8, device=x.device)
+    routed = views_of(memory, parts)
+    table, block_m = _route(routed, logits, gate_up_proj, norm_topk_prob, o)
     with on_device(x.device):
-        pipeline = Pipeline(*indices, o, gate_up_proj, down_proj, table, block_m)
+        pipeline = Pipeline(*routed.indices, o, gate_up_proj, down_proj, table, block_m)
         a, h = pipeline.up(x, save_h=save_h)
-        out = pipeline.combine(pipeline.down(a), weights)
-    return out, logits, h if save_h else None, weights, selected, exact, *indices
+        out = pipeline.combine(pipeline.down(a), routed.routing_weights)
+    return out, logits, h if save_h else None, memory
 
 
 @define(
     "block_forward(Tensor x, Tensor gate, Tensor gate_up_proj, Tensor down_proj, bool norm_topk_prob, str options, "
-    "bool save_h) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "bool save_h) -> (Tensor, Tensor, Tensor, Tensor)",
     _forward_fake,
 )
 def block_forward(
@@ -135,9 +131,8 @@ def _backward_fake(
 
 
 @define(
-    "block_backward(Tensor dout, Tensor x, Tensor gate, Tensor gate_up_proj, Tensor down_proj, Tensor routed, "
-    "Tensor h, Tensor routing_weights, Tensor selected_experts, Tensor offsets, Tensor gather, Tensor scatter, "
-    "Tensor? dlogits, bool norm_topk_prob, str options, bool[] needs) "
+    "block_backward(Tensor dout, Tensor x, Tensor gate, Tensor gate_up_proj, Tensor down_proj, Tensor h, "
+    "Tensor routed, Tensor? logits, Tensor? dlogits, bool norm_topk_prob, str options, bool[] needs) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     _backward_fake,
 )
@@ -147,13 +142,9 @@ def block_backward(
     gate: Tensor,
     gate_up_proj: Tensor,
     down_proj: Tensor,
-    routed: Tensor,
     h: Tensor,
-    routing_weights: Tensor,
-    selected_experts: Tensor,
-    offsets: Tensor,
-    gather: Tensor,
-    scatter: Tensor,
+    routed: Tensor,
+    logits: Tensor | None,
     dlogits: Tensor | None,
     norm_topk_prob: bool,
     options: str,
@@ -164,20 +155,20 @@ def block_backward(
     One that `needs` does not ask for is empty.
     """
     need_x, need_gate, need_up, need_down = needs
-    pipeline = Pipeline(offsets, gather, scatter, parse(options), gate_up_proj, down_proj)
+    o = parse(options)
+    weights, selected, exact, offsets, gather, scatter = views_of(routed, _parts(x, gate, o, norm_topk_prob))
+    pipeline = Pipeline(offsets, gather, scatter, o, gate_up_proj, down_proj)
     x, dout = aligned(x), aligned(dout)
     dx = d_gate = d_up = d_router = None
     with on_device(x.device):
-        if pipeline.options.saved == "x":
+        if o.saved == "x":
             h = pipeline.h_again(x)
-        dh, parts, d_down = pipeline.d_down(
-            dout, h, routing_weights, need_dh=any(needs[:3]), need_dw=need_down, in_parts=True
-        )
+        dh, parts, d_down = pipeline.d_down(dout, h, weights, need_dh=any(needs[:3]), need_dw=need_down, in_parts=True)
         if parts is not None and (need_x or need_gate):
-            dtype, experts = routing_weights.dtype, gate.shape[0]
-            d_router = backward_of_parts(parts, dtype, routed, selected_experts, experts, norm_topk_prob)
+            saved = exact if logits is None else logits
+            d_router = backward_of_parts(parts, x.dtype, saved, selected, gate.shape[0], norm_topk_prob)
             d_router = d_router if dlogits is None else d_router + dlogits
-            d_gate = d_router.t() @ x if need_gate else None
+            d_gate = gate_gradient(d_router, x) if need_gate else None
         if dh is not None and d_router is not None and need_x:
             dx = pipeline.dx_up(dh, (d_router, gate))  # before dW: their buffers take turns
         if dh is not None and need_up:
@@ -195,9 +186,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) 
     ctx.mark_non_differentiable(*(tensor for tensor in output[2:] if tensor is not None))
     ctx.set_materialize_grads(False)  # what is only saved gets no gradient: no zeros of its size
     ctx.spent = False
-    _, logits, h, weights, selected, exact, *indices = output
-    routed = exact if ctx.norm_topk_prob else logits
-    ctx.save_for_backward(*tensors, routed, empty_like_none(h, tensors[0]), weights, selected, *indices)
+    _, logits, h, routed = output
+    ctx.save_for_backward(*tensors, empty_like_none(h, tensors[0]), routed, None if ctx.norm_topk_prob else logits)
 
 
 def _backward(ctx: Any, dout: Tensor | None, dlogits: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:

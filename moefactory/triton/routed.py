@@ -1,0 +1,77 @@
+"""What a call's router and plan leave for its experts and its backward, in one piece of memory.
+
+On the host each tensor that is made, handed on by autograd and saved takes longer than a launch: one stands for six.
+
+    routing_weights   [T, K]        in x's dtype
+    selected_experts  [T, K] int64
+    exact             [T, K]        the weights before the cast, float32 or wider; empty without norm_topk_prob
+    offsets           [E+2]  int32  the plan's
+    gather, scatter   [T*K]  int32  the plan's
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+ALIGNED = 16  # bytes: what each part starts at a multiple of, as memory of its own does
+
+Part = tuple[tuple[int, ...], torch.dtype]
+
+
+class Routed(NamedTuple):
+    """The parts, as views of the memory."""
+
+    routing_weights: Tensor
+    selected_experts: Tensor
+    exact: Tensor
+    offsets: Tensor
+    gather: Tensor
+    scatter: Tensor
+
+    @property
+    def chosen(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What the router fills."""
+        return self.routing_weights, self.selected_experts, self.exact
+
+    @property
+    def indices(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What the plan fills."""
+        return self.offsets, self.gather, self.scatter
+
+
+def parts_of(tokens: int, experts: int, top_k: int, dtype: torch.dtype, norm_topk_prob: bool) -> list[Part]:
+    """(shape, dtype) of each part."""
+    slots, rows = (tokens, top_k), (tokens * top_k,)
+    wide = torch.promote_types(dtype, torch.float32)
+    exact = (tokens if norm_topk_prob else 0, top_k)
+    return [
+        (slots, dtype),
+        (slots, torch.int64),
+        (exact, wide),
+        ((experts + 2,), torch.int32),
+        (rows, torch.int32),
+        (rows, torch.int32),
+    ]
+
+
+def _bytes(part: Part) -> int:
+    return math.prod(part[0]) * part[1].itemsize
+
+
+def size_of(parts: list[Part]) -> int:
+    """Bytes of the memory; also where a shape has no number yet."""
+    return sum(-(-_bytes(part) // ALIGNED) * ALIGNED for part in parts)
+
+
+def views_of(memory: Tensor, parts: list[Part]) -> Routed:
+    """The parts of `memory`, uint8 of `size_of` bytes."""
+    views, start = [], 0
+    for part in parts:
+        shape, dtype = part
+        views.append(memory[start : start + _bytes(part)].view(dtype).view(shape))
+        start += -(-_bytes(part) // ALIGNED) * ALIGNED
+    return Routed(*views)
