@@ -109,8 +109,8 @@ def _counts_and_starts(tile_counts_ptr, tile_starts_ptr, counts_ptr, block, bloc
     inside = offs_g < E + 1
     if BLOCKS > 0:
         offs_b = tl.arange(0, BLOCKS)
-        ptrs = tile_counts_ptr + offs_b[:, None] * (E + 1) + offs_g[None, :]
-        tile_counts = tl.load(ptrs, mask=(offs_b < blocks)[:, None] & inside[None, :], other=0)  # [BLOCKS, GROUPS]
+        offs = offs_b.to(tl.int64)[:, None] * (E + 1) + offs_g[None, :]  # [BLOCKS, GROUPS]
+        tile_counts = tl.load(tile_counts_ptr + offs, mask=(offs_b < blocks)[:, None] & inside[None, :], other=0)
         counts = tl.sum(tile_counts, axis=0)
         if block == 0:
             tl.store(counts_ptr + offs_g, counts, mask=inside)
