@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from ..config import KernelConfigBackward_dW
     from .forward import Rows
 
-GROUP = 8
+TOGETHER = 144  # tiles that share operands: all wide ones with some narrow ones, about as many as programs work at once
 LEAST = gl.constexpr(3)  # products of a tile, so that two halves of the one before are stored under every other
 
 
@@ -318,7 +318,7 @@ def specialized_dW(
         BLOCK_P=p_block,
         BLOCK_Q=q_block,
         STAGES=config.num_stages,
-        GROUP=GROUP,
+        GROUP=max(1, TOGETHER // cdiv(q_size, q_block)),
         PRODUCER_REGISTERS=72,  # two steps of slots on each side
         CONSUMER_REGISTERS=216,
         **WARPS,
