@@ -150,6 +150,8 @@ def measure(block, name: str, tokens: int, saved: str = "h") -> dict:
 def host(block) -> dict:
     one, many = one_step(block, 1), one_step(block, 256)
     found = {"forward_1_us": host_microseconds(one.forward), "step_256_us": host_microseconds(many.step)}
+    with torch.autograd.set_multithreading_enabled(False):  # no change of threads for the backward, nor back
+        found["step_256_one_thread_us"] = host_microseconds(many.step)
     print("host", found, flush=True)
     return found
 
