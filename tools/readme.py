@@ -26,8 +26,10 @@ from moefactory.rules import RULES, make_case
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 STARTUP = ROOT / "benchmarks" / "results" / "startup.json"
-BLOCK = ROOT / "benchmarks" / "results" / "block.json"
-FIRST = ROOT / "benchmarks" / "results" / "first_forward.json"
+SPEED = {  # GPU -> its results of block.py and of first_forward.py
+    gpu: tuple(ROOT / "benchmarks" / "results" / f"{name}{end}.json" for name in ("block", "first_forward"))
+    for gpu, end in (("H200", ""), ("H100", "_h100"))
+}
 BENCH = ROOT / "benchmarks" / "results" / "bench_30b.json"
 
 MEANINGS = {
@@ -138,44 +140,49 @@ def times() -> str:
 
 
 def speed() -> str:
-    """The block on a GPU, from the committed result of ``benchmarks/block.py``."""
-    result = json.loads(BLOCK.read_text())
+    """The block on each GPU, from the committed results of ``benchmarks/block.py``."""
     head = ("model", "tokens", "saved", "forward ms", "share", "step ms", "share", "held MiB", "peak of a step MiB")
-    lines = [
-        (
-            row["model"], f"{row['tokens']:,}", row.get("saved", "h"),
-            f"{row['forward_ms']:.3f}", f"{row['forward_share']:.2f}",
-            f"{row['step_ms']:.3f}", f"{row['step_share']:.2f}", f"{row['held_mib']:.0f}", f"{row['peak_mib']:.0f}",
-        )
-        for row in result["rows"]
-    ]  # fmt: skip
-    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items() if name != "commit")
-    return f"{table(head, lines)}\n\n{versions}, commit `{result['versions']['commit']}`."
+    parts = []
+    for path, _ in SPEED.values():
+        result = json.loads(path.read_text())
+        lines = [
+            (
+                row["model"], f"{row['tokens']:,}", row.get("saved", "h"),
+                f"{row['forward_ms']:.3f}", f"{row['forward_share']:.2f}",
+                f"{row['step_ms']:.3f}", f"{row['step_share']:.2f}", f"{row['held_mib']:.0f}", f"{row['peak_mib']:.0f}",
+            )
+            for row in result["rows"]
+        ]  # fmt: skip
+        versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items() if name != "commit")
+        parts.append(f"{versions}, commit `{result['versions']['commit'][:7]}`:\n\n{table(head, lines)}")
+    return "\n\n".join(parts)
 
 
 def more_speed() -> str:
     """Decoding, host, skew and the first forward, from ``benchmarks/block.py`` and ``first_forward.py``."""
-    result, first = json.loads(BLOCK.read_text()), json.loads(FIRST.read_text())
+    columns = [_more_speed(*(json.loads(path.read_text()) for path in paths)) for paths in SPEED.values()]
+    assert all(list(column) == list(columns[0]) for column in columns)
+    lines = [(name, *(column[name] for column in columns)) for name in columns[0]]
+    return table(("30B model", *SPEED), lines)
+
+
+def _more_speed(result: dict[str, Any], first: dict[str, Any]) -> dict[str, str]:
     decode = [row for row in result["decode"] if row["model"] == result["rows"][0]["model"]]
     balanced, *skewed = result["skew"]
     worst = max(row[ms] / balanced[ms] for row in skewed for ms in ("forward_ms", "step_ms"))
-    lines = [
-        *(
-            (
-                f"forward, one CUDA graph replay, tokens: {row['tokens']}",
-                f"{row['graph_us']:.0f} us; reading its experts' weights and nothing else: {row['read_us']:.0f}",
-            )
-            for row in decode
-        ),
-        ("host time of an eager forward of 1 token", f"{result['host']['forward_1_us'] / 1e3:.2f} ms"),
-        ("host time of an eager step of 256 tokens", f"{result['host']['step_256_us'] / 1e3:.1f} ms"),
-        (f"skewed routing over balanced, at worst ({', '.join(row['routing'] for row in skewed)})", f"{worst:.2f}"),
-        *(
-            (f"first forward of a process, {cache} Triton cache", f"{first[cache]['forward_s']:.1f} s")
-            for cache in ("warm", "cold")
-        ),
-    ]
-    return table(("30B model", ""), lines)
+    found = {
+        f"forward, one CUDA graph replay, tokens: {row['tokens']} (reading its experts' weights and nothing else)": (
+            f"{row['graph_us']:.0f} us ({row['read_us']:.0f})"
+        )
+        for row in decode
+    }
+    found["host time of an eager forward of 1 token"] = f"{result['host']['forward_1_us'] / 1e3:.2f} ms"
+    found["host time of an eager step of 256 tokens"] = f"{result['host']['step_256_us'] / 1e3:.2f} ms"
+    kinds = ", ".join(row["routing"] for row in skewed)
+    found[f"skewed routing over balanced, at worst ({kinds})"] = f"{worst:.2f}"
+    for cache in ("warm", "cold"):
+        found[f"first forward of a process, {cache} Triton cache"] = f"{first[cache]['forward_s']:.1f} s"
+    return found
 
 
 def peers() -> str:
