@@ -11,7 +11,7 @@ Saved between forward and backward: x, the weights, and
 
     h         [T*K, 2I]   empty where it is not kept
     routed    uint8       see `routed`
-    logits    [T, E]      without norm_topk_prob, whose backward does not need them
+    logits    [T, E]      where norm_topk_prob is false; with it the backward does not need them
 """
 
 from __future__ import annotations
