@@ -131,6 +131,22 @@ def test_any_order_gives_the_same_bits(shape: Shape, programs: int, monkeypatch:
     assert all(torch.equal(t, first) for one in found[1:] for t, first in zip(one, found[0], strict=True))
 
 
+def test_h_may_start_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At an odd element, as a hook may hand it out: the bits of one that starts at a multiple of 16 bytes, though the
+    kernel reads two numbers at a time; dH also over that H."""
+    p, rows = _rows(SMALL)
+    h = torch.randn(rows.gather_indices.shape[0], 2 * SMALL.intermediate).bfloat16()
+    odd = torch.empty(h.numel() + 1, dtype=h.dtype)[1:].view_as(h).copy_(h)
+    weights = p.routing_weights.reshape(-1)
+    with fused.surroundings(), gluon_interpreter.interpreted(monkeypatch):
+        found = [
+            dX_gemm_dswiglu(p.dy, p.down_proj, one, weights, rows, DX, dy_divisor=SMALL.top_k, over_h=over)
+            for one, over in ((h, False), (odd, False), (odd, True))
+        ]
+    assert found[2][0].data_ptr() == odd.data_ptr()
+    assert all(torch.equal(t, first) for one in found[1:] for t, first in zip(one, found[0], strict=True))
+
+
 @pytest.mark.parametrize(
     ("bandwidth", "rows", "small", "large"),
     [  # of weights of 2**22 elements an expert and of more: who claims
