@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,6 +22,7 @@ from torch import Tensor
 from moefactory.triton import specialized, specialized_rows
 from moefactory.triton.backward_dX import dX_gemm_dswiglu
 from moefactory.triton.forward import Rows, forward_gemm
+from moefactory.triton.ops import experts_backward, experts_forward
 from moefactory.triton.schedule import tile_table
 
 pytestmark = pytest.mark.interpreter
@@ -145,6 +147,19 @@ def test_h_may_start_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
         ]
     assert found[2][0].data_ptr() == odd.data_ptr()
     assert all(torch.equal(t, first) for one in found[1:] for t, first in zip(one, found[0], strict=True))
+
+
+@pytest.mark.parametrize("saved", ["h", "h_reused"])
+def test_a_backward_of_an_h_that_starts_anywhere(saved: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The experts' whole backward, whose next GEMM moves dH by TMA: the bits of an H that starts as memory does."""
+    p = fused.problem(SMALL, torch.bfloat16)
+    text = replace(options(COMBINATIONS[0], SMALL.top_k, specialized_kernels()), saved=saved).text
+    tensors, indices = (p.x, p.routing_weights, p.gate_up_proj, p.down_proj), fused.indices(p.plan)
+    with fused.surroundings(), gluon_interpreter.interpreted(monkeypatch):
+        h = experts_forward(*tensors, *indices, text, True, False)[1]
+        odd = torch.empty(h.numel() + 1, dtype=h.dtype)[1:].view_as(h).copy_(h)
+        found = [experts_backward(p.dy, *tensors, one, *indices, text, [True] * 4) for one in (h, odd)]
+    assert all(torch.equal(*both) for both in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -328,6 +328,31 @@ def test_parts_of_one_memory(sizes: tuple[int, int, int], dtype: torch.dtype, no
     assert all(bool((view == value).all()) for value, view in enumerate(views))
 
 
+@pytest.mark.parametrize("saved", ["h", "h_reused", "x"])
+@pytest.mark.parametrize("norm", [True, False])
+def test_a_hook_may_hand_out_other_memory(norm: bool, saved: str) -> None:
+    """What was saved comes back at an odd element of other memory, as of a pool of bytes: the same bits. Not the
+    weights, which are the block's own."""
+    model = ResolvedModel(64, 32, 8, 2, norm, "silu")
+    block, (x, dy) = make_block(model, saved=saved), judge.data(70, model, WIDE)
+    expected = step(block, x, dy, None)
+    own = {getattr(block, name).data_ptr() for name in WEIGHTS}
+    moved: list[Tensor] = []
+
+    def unpack(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() in own or not tensor.numel():
+            return tensor
+        moved.append(tensor)
+        return (
+            torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device=tensor.device)[1:].view_as(tensor).copy_(tensor)
+        )
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, unpack):
+        got = step(block, x, dy, None)
+    assert fused.differing(got, expected) == []
+    assert {t.dtype for t in moved} >= {WIDE, torch.uint8}  # x, and what router and plan left
+
+
 # --- the operators ----------------------------------------------------------------------------------------------------
 
 

@@ -159,7 +159,7 @@ def experts_backward(
     table = _table(tile_expert, tile_row, num_tiles)
     pipeline = Pipeline(offsets, gather, scatter, parse(options), gate_up_proj, down_proj, table, block_m)
     need_dh = need_x or need_s or need_up
-    x, dout = aligned(x), aligned(dout)
+    x, dout, h = aligned(x), aligned(dout), aligned(h)
     with on_device(x.device):
         if pipeline.options.saved == "x":
             h = pipeline.h_again(x)

@@ -156,9 +156,9 @@ def block_backward(
     """
     need_x, need_gate, need_up, need_down = needs
     o = parse(options)
-    weights, selected, exact, offsets, gather, scatter = views_of(routed, _parts(x, gate, o, norm_topk_prob))
+    weights, selected, exact, offsets, gather, scatter = views_of(aligned(routed), _parts(x, gate, o, norm_topk_prob))
     pipeline = Pipeline(offsets, gather, scatter, o, gate_up_proj, down_proj)
-    x, dout = aligned(x), aligned(dout)
+    x, dout, h = aligned(x), aligned(dout), aligned(h)
     dx = d_gate = d_up = d_router = None
     with on_device(x.device):
         if o.saved == "x":
