@@ -29,8 +29,8 @@ from torch import Tensor
 from ..routing import RoutingPlan
 from .launch import accumulator, launch, on_device, power_of_2
 from .library import call, define, refuse_forward_mode, within
-from .plan import Three
-from .router import Chosen, choose, differentiate_router, probabilities, room_for_choice
+from .routed import Three, apart, parts_planned
+from .router import choose, differentiate_router, probabilities, room_for_choice
 from .schedule import most_tiles
 
 MIN_TOKENS, MAX_TOKENS = 8, 64  # the router's rows a program; the bits of a word, and at two a warp all the warps
@@ -143,21 +143,17 @@ def _padded(tokens: int) -> int:
     return max(MIN_TOKENS, power_of_2(tokens))
 
 
-def _integers(device: torch.device, *sizes: int) -> tuple[Tensor, ...]:
-    return tuple(torch.empty(n, dtype=torch.int32, device=device) for n in sizes)
-
-
 def _counts_and_table(logits: Tensor, top_k: int, block_m: int) -> tuple[Tensor, ...]:
     tokens, experts = logits.shape
     max_tiles = most_tiles(experts + 1, tokens * top_k, block_m)
-    return _integers(logits.device, experts + 1, max_tiles, max_tiles, 2)
+    sizes = (experts + 1, max_tiles, max_tiles, 2)
+    return tuple(torch.empty(n, dtype=torch.int32, device=logits.device) for n in sizes)
 
 
 def _empty(logits: Tensor, top_k: int, norm_topk_prob: bool, block_m: int) -> tuple[Tensor, ...]:
     """Memory for the results of `route_few_tokens`; its fake."""
-    slots = logits.shape[0] * top_k
     counts, *table = _counts_and_table(logits, top_k, block_m)
-    indices = _integers(logits.device, logits.shape[1] + 2, slots, slots)
+    indices = apart(parts_planned(logits.shape[1], logits.shape[0] * top_k), logits.device)
     return *room_for_choice(logits, top_k, norm_topk_prob), counts, *indices, *table
 
 
@@ -185,7 +181,7 @@ def route_few_tokens(logits: Tensor, top_k: int, norm_topk_prob: bool, block_m: 
     return out
 
 
-def route_into(chosen: Chosen, indices: Three, logits: Tensor, norm_topk_prob: bool, block_m: int) -> Three:
+def route_into(chosen: Three, indices: Three, logits: Tensor, norm_topk_prob: bool, block_m: int) -> Three:
     """Fill (routing weights, selected experts, weights before the cast) and (offsets, gather, scatter); the table."""
     top_k = chosen[0].shape[1]
     counts, *table = _counts_and_table(logits, top_k, block_m)

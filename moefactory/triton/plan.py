@@ -4,7 +4,7 @@
     prefix      tile_starts[b, e] = how many of the blocks before b do; token_counts_by_expert[e] = how many in all
     positions   row(slot) = offsets[e] + tile_starts[b, e] + how many slots before it in its block go to e too
 
-Up to FEW_BLOCKS blocks each program of `positions` adds up the counts itself, which are a few KB: no prefix.
+Up to FEW_BLOCKS blocks each program of `positions` adds up the counts itself, at most 32 KB: no prefix.
 
 In the whole block the router may count (`router.counted`), and positions also makes the tile table of the first GEMM,
 unless that is long: two launches less.
@@ -28,10 +28,11 @@ from torch import Tensor
 from ..routing import RoutingPlan, check_selected
 from .launch import cdiv, launch, on_device, power_of_2
 from .library import call, define
+from .routed import Three, apart, parts_planned
 from .schedule import TILES_PER_PROGRAM, most_tiles, store_tiles
 
 BLOCK = 128  # slots per program; their order within is found by comparing all pairs
-BLOCK_ALONE = 64  # slots that one program sorts faster than three launches do
+BLOCK_ALONE = 64  # slots that one program sorts faster than several launches do
 FEW_BLOCKS, MAX_FEW_GROUPS = 32, 256  # of slots and their groups, whose counts a program holds in its registers
 PREFIX_GROUPS = 2
 PREFIX_BLOCKS = 1024
@@ -165,23 +166,16 @@ def _positions(
 
 
 def _fake(selected: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows = selected.shape[0] * selected.shape[1]
-    sizes = (num_experts + 1, num_experts + 2, rows, rows)
-    a, b, c, d = (selected.new_empty(n, dtype=torch.int32) for n in sizes)
-    return a, b, c, d
+    indices = apart(parts_planned(num_experts, selected.shape[0] * selected.shape[1]), selected.device)
+    return selected.new_empty(num_experts + 1, dtype=torch.int32), *indices
 
 
 @define("plan(Tensor selected, int num_experts) -> (Tensor, Tensor, Tensor, Tensor)", _fake)
 def plan_tensors(selected: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(counts [E+1], offsets [E+2], gather [T*K], scatter [T*K]), int32, of selected experts [T,K]."""
-    rows, device = selected.numel(), selected.device
-    sizes = (num_experts + 2, rows, rows)
-    offsets, gather, scatter = (torch.empty(n, dtype=torch.int32, device=device) for n in sizes)
-    counts, _ = plan_and_table(selected, num_experts, None, 0, (offsets, gather, scatter))
-    return counts, offsets, gather, scatter
-
-
-Three = tuple[Tensor, Tensor, Tensor]
+    indices = apart(parts_planned(num_experts, selected.numel()), selected.device)
+    counts, _ = plan_and_table(selected, num_experts, None, 0, indices)
+    return counts, *indices
 
 
 def plan_and_table(

@@ -20,6 +20,7 @@ from torch import Tensor
 ALIGNED = 16  # bytes: what each part starts at a multiple of, as memory of its own does
 
 Part = tuple[tuple[int, ...], torch.dtype]
+Three = tuple[Tensor, Tensor, Tensor]
 
 
 class Routed(NamedTuple):
@@ -33,38 +34,49 @@ class Routed(NamedTuple):
     scatter: Tensor
 
     @property
-    def chosen(self) -> tuple[Tensor, Tensor, Tensor]:
+    def chosen(self) -> Three:
         """What the router fills."""
         return self.routing_weights, self.selected_experts, self.exact
 
     @property
-    def indices(self) -> tuple[Tensor, Tensor, Tensor]:
+    def indices(self) -> Three:
         """What the plan fills."""
         return self.offsets, self.gather, self.scatter
 
 
+def parts_chosen(tokens: int, top_k: int, dtype: torch.dtype, norm_topk_prob: bool) -> list[Part]:
+    """(shape, dtype) of what the router fills."""
+    exact = (tokens if norm_topk_prob else 0, top_k), torch.promote_types(dtype, torch.float32)
+    return [((tokens, top_k), dtype), ((tokens, top_k), torch.int64), exact]
+
+
+def parts_planned(experts: int, rows: int) -> list[Part]:
+    """(shape, dtype) of what the plan fills."""
+    return [((experts + 2,), torch.int32), ((rows,), torch.int32), ((rows,), torch.int32)]
+
+
 def parts_of(tokens: int, experts: int, top_k: int, dtype: torch.dtype, norm_topk_prob: bool) -> list[Part]:
     """(shape, dtype) of each part."""
-    slots, rows = (tokens, top_k), (tokens * top_k,)
-    wide = torch.promote_types(dtype, torch.float32)
-    exact = (tokens if norm_topk_prob else 0, top_k)
-    return [
-        (slots, dtype),
-        (slots, torch.int64),
-        (exact, wide),
-        ((experts + 2,), torch.int32),
-        (rows, torch.int32),
-        (rows, torch.int32),
-    ]
+    return parts_chosen(tokens, top_k, dtype, norm_topk_prob) + parts_planned(experts, tokens * top_k)
+
+
+def apart(parts: list[Part], device: torch.device) -> Three:
+    """Three parts in memory of their own."""
+    a, b, c = (torch.empty(shape, dtype=dtype, device=device) for shape, dtype in parts)
+    return a, b, c
 
 
 def _bytes(part: Part) -> int:
     return math.prod(part[0]) * part[1].itemsize
 
 
+def _room(part: Part) -> int:
+    return -(-_bytes(part) // ALIGNED) * ALIGNED
+
+
 def size_of(parts: list[Part]) -> int:
     """Bytes of the memory; also where a shape has no number yet."""
-    return sum(-(-_bytes(part) // ALIGNED) * ALIGNED for part in parts)
+    return sum(_room(part) for part in parts)
 
 
 def views_of(memory: Tensor, parts: list[Part]) -> Routed:
@@ -73,5 +85,5 @@ def views_of(memory: Tensor, parts: list[Part]) -> Routed:
     for part in parts:
         shape, dtype = part
         views.append(memory[start : start + _bytes(part)].view(dtype).view(shape))
-        start += -(-_bytes(part) // ALIGNED) * ALIGNED
+        start += _room(part)
     return Routed(*views)

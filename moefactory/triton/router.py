@@ -23,6 +23,7 @@ from torch import Tensor
 from .combine import part_sum
 from .launch import accumulator, cdiv, launch, on_device, power_of_2
 from .library import call, define, differentiate, no_second_derivative, refuse_forward_mode
+from .routed import Three, apart, parts_chosen
 
 BLOCK_T = 8
 
@@ -173,25 +174,13 @@ def _meta(logits: Tensor, top_k: int, norm: bool, block_t: int = BLOCK_T) -> dic
     return {"TOP_K": top_k, "NORM": norm, "ACC": accumulator(logits.dtype), **layout}
 
 
-def _exact(logits: Tensor, top_k: int, norm_topk_prob: bool) -> Tensor:
-    """Room for the weights before they are cast: all that the backward needs where they are normalised."""
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    return torch.empty(logits.shape[0] if norm_topk_prob else 0, top_k, dtype=wide, device=logits.device)
-
-
-Chosen = tuple[Tensor, Tensor, Tensor]  # routing weights, selected experts, weights before the cast
-
-
-def room_for_choice(logits: Tensor, top_k: int, norm_topk_prob: bool) -> Chosen:
+def room_for_choice(logits: Tensor, top_k: int, norm_topk_prob: bool) -> Three:
     """Memory for the results of `top_k_softmax`; its fake."""
-    shape = (logits.shape[0], top_k)
-    selected = torch.empty(shape, dtype=torch.int64, device=logits.device)
-    weights = torch.empty(shape, dtype=logits.dtype, device=logits.device)
-    return weights, selected, _exact(logits, top_k, norm_topk_prob)
+    return apart(parts_chosen(logits.shape[0], top_k, logits.dtype, norm_topk_prob), logits.device)
 
 
 @define("top_k_softmax(Tensor logits, int top_k, bool norm_topk_prob) -> (Tensor, Tensor, Tensor)", room_for_choice)
-def top_k_softmax(logits: Tensor, top_k: int, norm_topk_prob: bool) -> tuple[Tensor, Tensor, Tensor]:
+def top_k_softmax(logits: Tensor, top_k: int, norm_topk_prob: bool) -> Three:
     """(routing_weights [T,K] in the logits' dtype, selected_experts [T,K] int64, weights before the cast) of [T,E].
 
     The last is empty without norm_topk_prob: the backward then needs every probability, and makes them from the logits.
@@ -209,7 +198,7 @@ def counted(top_k: int, num_experts: int, slots: int) -> bool:
     return num_experts <= 128 and slots % top_k == 0 and 8 <= slots // top_k <= 32
 
 
-def select_and_count(logits: Tensor, norm_topk_prob: bool, slots: int, chosen: Chosen) -> Tensor | None:
+def select_and_count(logits: Tensor, norm_topk_prob: bool, slots: int, chosen: Three) -> Tensor | None:
     """Fill `chosen` as `top_k_softmax` would; the plan's tile_counts [blocks, E+1] of blocks of `slots`; None for 0."""
     (tokens, experts), top_k = logits.shape, chosen[0].shape[1]
     block_t = slots // top_k if slots else BLOCK_T

@@ -1,7 +1,7 @@
 """A call's allocations, operators and launches as a list of steps over numbered tensors; see `replay`.
 
 slots    the call's own tensors first, then what it makes, in order
-values   by index: the slots' addresses, then what `Values` adds: constants, shifted addresses, tensor maps
+values   by index: the slots' addresses, then what launches need: constants, shifted addresses, tensor maps
 """
 
 from __future__ import annotations

@@ -29,8 +29,8 @@ from .library import call, define, differentiate, no_second_derivative, refuse_f
 from .ops import check_weights, empty_gradients, refuse_compiled_reuse, spend
 from .options import FusedOptions, parse
 from .pipeline import Pipeline, config_of, empty_like_none
-from .plan import BLOCK, BLOCK_ALONE, Three, plan_and_table
-from .routed import Part, Routed, parts_of, size_of, views_of
+from .plan import BLOCK, BLOCK_ALONE, plan_and_table
+from .routed import Part, Routed, Three, parts_of, size_of, views_of
 from .router import backward_of_parts, counted, select_and_count
 
 
