@@ -20,7 +20,8 @@ import pytest
 import torch
 from fused import COMBINATIONS, Shape, options, small_kernels, tma_kernels
 
-import moefactory.triton
+import moefactory.triton.decode
+import moefactory.triton.whole  # and what it imports: first imported under a defect, it would keep it
 from moefactory.block import Qwen3MoeFusedGroupedGEMMBlock
 from moefactory.config import KernelConfigBackward_dW, ResolvedModel
 from moefactory.routing import make_plan
@@ -263,6 +264,21 @@ DEFECTS: dict[str, Defect] = {
         "tl.cumsum(counts, axis=0) - counts",
         "tl.cumsum(counts, axis=0)",
     ),
+    "plan: few blocks, the block itself too": Defect(
+        "plan.py",
+        "(offs_b < block)[:, None]",
+        "(offs_b <= block)[:, None]",
+    ),
+    "plan: few blocks, counts not stored": Defect(
+        "plan.py",
+        "if block == 0:\n            tl.store(counts_ptr + offs_g, counts, mask=inside)",
+        "if block < 0:\n            tl.store(counts_ptr + offs_g, counts, mask=inside)",
+    ),
+    "plan: many blocks, the block itself too": Defect(
+        "plan.py",
+        "tl.cumsum(counts, axis=0) - counts\n        tl.store(tile_starts_ptr",
+        "tl.cumsum(counts, axis=0)\n        tl.store(tile_starts_ptr",
+    ),
     "plan: dropped ids go to expert 0": Defect(
         "plan.py",
         "(expert < E), expert, E)",
@@ -363,6 +379,7 @@ def _own(value: Any, module: Any) -> bool:
 Check = Callable[[], list[str]]
 DROPPED = Shape(21, 3, 3, 50, 47, "dropped")
 GAPS = Shape(20, 5, 2, 36, 20, "gaps")
+BLOCKS = Shape(150, 3, 3, 1, 1, "dropped")  # four blocks of slots
 NO_TABLE = TileTable(torch.empty(0), torch.empty(0), torch.empty(0), 0)
 MODEL = ResolvedModel(20, 12, 5, 3, True, "silu")
 
@@ -409,9 +426,11 @@ def whole_block(tokens: int = 60, flags: dict[str, bool] = ON) -> list[str]:
     return judge.complaints(judge.run_block(block, x, dy), judge.run_hf(MODEL, weights, x, dy), exact, torch.float32)
 
 
-def plan_of_dropped_ids() -> list[str]:
-    ids = fused.problem(DROPPED, torch.float32).selected_experts
-    got, expected = plan.make_plan(ids, DROPPED.experts), make_plan(ids, DROPPED.experts)
+def plan_of_dropped_ids(shape: Shape = DROPPED, few: int = plan.FEW_BLOCKS) -> list[str]:
+    ids = fused.problem(shape, torch.float32).selected_experts
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(plan.plan_and_table.__globals__, "FEW_BLOCKS", few)  # the defect's own
+        got, expected = plan.make_plan(ids, shape.experts), make_plan(ids, shape.experts)
     names = ("token_counts_by_expert", "gather_indices", "scatter_indices")
     return [name for name in names if not torch.equal(getattr(got, name), getattr(expected, name))]
 
@@ -426,6 +445,8 @@ BATTERY: list[Check] = [
     lambda: whole_block(flags=OFF),
     lambda: whole_block(few_tokens.MAX_TOKENS + 1),
     plan_of_dropped_ids,
+    lambda: plan_of_dropped_ids(BLOCKS),
+    lambda: plan_of_dropped_ids(BLOCKS, few=0),
     integers,
 ]
 

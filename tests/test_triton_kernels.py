@@ -495,6 +495,10 @@ def test_counts_and_table_along_the_way(
     indices = (torch.empty_like(plan[1]), torch.empty_like(plan[2]), torch.empty_like(plan[3]))
     planned, table = plan_and_table(chosen[1], experts, tile_counts, block_m, indices)
     assert all(torch.equal(one, other) for one, other in zip((planned, *indices), plan, strict=True))
+    torchs = make_plan(alone[1].cpu(), experts)  # `plan` was made by as many launches as `planned`
+    assert torch.equal(planned[:experts].cpu(), torchs.token_counts_by_expert)
+    for mine, other in zip(indices, (torchs.group_offsets, torchs.gather_indices, torchs.scatter_indices), strict=True):
+        assert torch.equal(mine.cpu(), other)
     right = tile_table(plan[1], tokens * top_k, block_m)
     assert (table is None) == (right.max_tiles > 32 * -(-tokens * top_k // BLOCK))
     if table is not None:

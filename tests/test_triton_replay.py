@@ -87,6 +87,16 @@ def sums(a: Tensor, b: Tensor, scale: float) -> tuple[Tensor, None, Tensor]:
     return out, None, out.view(2, SIZE)
 
 
+def spread(a: Tensor, none: None, b: Tensor) -> Tensor:
+    """Sums in four places of one memory, of which one is read again from two of them; None between the tensors."""
+    out = torch.empty(4 * SIZE)
+    run("first", ADD, a, b, out, SIZE)
+    run("second", ADD, a, a, out[SIZE:], SIZE)
+    run("third", ADD, out[SIZE:], b, out[2 * SIZE :], SIZE)
+    run("fourth", ADD, out[SIZE:], out[2 * SIZE :], out[3 * SIZE :], SIZE)
+    return out
+
+
 def pair(seed: int) -> tuple[Tensor, Tensor]:
     g = torch.Generator().manual_seed(seed)
     return torch.randn(SIZE, generator=g), torch.randn(SIZE, generator=g)
@@ -109,6 +119,16 @@ def test_a_tape_gives_the_bits_of_the_call(playing: Any) -> None:
             assert nothing is None
             assert view.data_ptr() == out.data_ptr()
             assert view.shape == (2, SIZE)
+    assert len(ran) == 2
+
+
+@pytest.mark.interpreter
+def test_places_of_one_memory_are_kept_apart(playing: Any) -> None:
+    """Each offset has its own address, worked out once for all launches; None may stand among the tensors."""
+    played, ran = playing(spread)
+    for seed in range(4):
+        a, b = pair(seed)
+        assert torch.equal(played(a, None, b), torch.cat([a + b, a + a, a + a + b, a + a + (a + a + b)]))
     assert len(ran) == 2
 
 
