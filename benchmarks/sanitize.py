@@ -96,7 +96,7 @@ def main() -> None:
         count += 1
     if "specialized" in parts and torch.cuda.get_device_capability() == (9, 0):
         for module in (specialized_rows, specialized_dswiglu, specialized_dW):
-            module.num_programs = lambda device: SPECIALIZED_PROGRAMS
+            module.num_programs = lambda device, sm_margin: SPECIALIZED_PROGRAMS
         for permute, fuse, wide_x in product((True, False), repeat=3):
             flags = dict(zip(names, (permute, permute, fuse, fuse), strict=True))
             step(torch.bfloat16, specialized(wide_x=wide_x), SPECIALIZED_TOKENS, **flags)

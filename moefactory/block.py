@@ -246,6 +246,8 @@ class Qwen3MoeFusedGroupedGEMMBlock(Qwen3MoeGroupedGEMMBlock):
         saved: what a training forward keeps besides x, routing weights and plan, by name or as `config.Saved`: "h", the
             pre-activation [T*K,2I]; "h_reused", the same, written over by the backward, which can run once; "x",
             nothing, the backward computes it again.
+        sm_margin: multiprocessors of the GPU that the GEMMs leave to what runs beside them, such as a collective: their
+            programs stay for a whole launch, and one that finds no room at its start begins when the others have ended.
         trace: return every intermediate (`GroupedGEMMResult`).
 
     Raises:
@@ -271,6 +273,7 @@ class Qwen3MoeFusedGroupedGEMMBlock(Qwen3MoeGroupedGEMMBlock):
         fuse_swiglu: bool = True,
         fuse_combine: bool = True,
         saved: Saved | str = Saved.h,
+        sm_margin: int = 0,
         trace: bool = False,
     ) -> None:
         super().__init__(config, gate, gate_up_proj, down_proj, dW_only=dW_only, dX_only=dX_only, trace=trace)
@@ -278,7 +281,7 @@ class Qwen3MoeFusedGroupedGEMMBlock(Qwen3MoeGroupedGEMMBlock):
         self.moe_config = MoeConfig(
             backend=BackendConfig(Backend.triton), kernels=kernels, permute_x=permute_x, permute_y=permute_y,
             fuse_swiglu=fuse_swiglu, fuse_combine=fuse_combine, dW_only=dW_only, dX_only=dX_only,
-            autotune=autotune, saved=_saved(saved), trace=trace,
+            autotune=autotune, saved=_saved(saved), sm_margin=_whole_number(sm_margin, "sm_margin"), trace=trace,
         )  # fmt: skip
         check_rules(make_case(self.moe_config, self.model, _dtype_of(gate)))
         for name in ("gate_up_proj", "down_proj"):
@@ -298,7 +301,8 @@ class Qwen3MoeFusedGroupedGEMMBlock(Qwen3MoeGroupedGEMMBlock):
         self.fused = FusedOptions(
             top_k=self.model.top_k, permute_x=config.permute_x, permute_y=config.permute_y,
             fuse_swiglu=config.fuse_swiglu, fuse_combine=config.fuse_combine, autotune=config.autotune,
-            saved=config.saved.value, kernels=tuple((p, g, c) for p, g, c in stated if c is not None),
+            saved=config.saved.value, sm_margin=config.sm_margin,
+            kernels=tuple((p, g, c) for p, g, c in stated if c is not None),
         )  # fmt: skip
 
     def _check_placement(self) -> None:
@@ -340,7 +344,7 @@ class Qwen3MoeFusedGroupedGEMMBlock(Qwen3MoeGroupedGEMMBlock):
             return None
         grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
         if not grad and decode.suits(x, model.num_experts, model.top_k, fused):
-            return decode.decode(tensors, model.top_k, model.norm_topk_prob)
+            return decode.decode(tensors, model.top_k, model.norm_topk_prob, fused.sm_margin)
         return whole.compute_block(tensors, model.norm_topk_prob, fused)
 
     def _routed(self, x: Tensor, gate: Tensor, gate_up_proj: Tensor) -> tuple[Tensor, Tensor, RoutingPlan]:
@@ -459,3 +463,10 @@ def _saved(value: Saved | str) -> Saved:
     if not isinstance(value, Saved) and value not in names:
         raise ConfigError(f"saved: got {value!r}; allowed: {', '.join(names)}")
     return Saved(value)
+
+
+def _whole_number(value: int, name: str) -> int:
+    """ConfigError for what is no integer."""
+    if type(value) is not int:
+        raise ConfigError(f"{name}: got {value!r}; allowed: an integer")
+    return value

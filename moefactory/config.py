@@ -217,6 +217,7 @@ class MoeConfig:
     dX_only: bool = False  # the input's gradient only
     autotune: bool = True  # tuned kernel configs where the cache has them
     saved: Saved = Saved.h  # what a training forward keeps for its backward
+    sm_margin: int = 0  # multiprocessors that the GEMMs leave to what runs beside them
     trace: bool = False  # return every intermediate
     dtype: DType | None = None  # None: the source's own, float32 for random weights
     device: str | None = None  # None: the source's own, cpu for random weights

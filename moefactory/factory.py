@@ -72,7 +72,7 @@ def make_block(config: MoeConfig, weights: BlockWeights) -> Qwen3MoeGroupedGEMMB
     flags: dict[str, Any] = {"dW_only": config.dW_only, "dX_only": config.dX_only, "trace": config.trace}
     if config.backend.name is Backend.torch:
         return Qwen3MoeGroupedGEMMBlock.from_weights(weights, **flags)
-    for name in ("permute_x", "permute_y", "fuse_swiglu", "fuse_combine", "autotune", "saved"):
+    for name in ("permute_x", "permute_y", "fuse_swiglu", "fuse_combine", "autotune", "saved", "sm_margin"):
         flags[name] = getattr(config, name)
     for name in PASSES:
         flags[f"kernel_config_{name}"] = kernel_pair(getattr(config.kernels, name), PASSES[name], f"kernels.{name}")

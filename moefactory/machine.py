@@ -39,7 +39,17 @@ def _why_not_triton(config: MoeConfig, kind: str) -> str | None:
         return f"backend triton on device={config.device or 'cpu'} needs a GPU, or TRITON_INTERPRET=1 from the start"
     if config.dtype is DType.float64:
         return "backend triton computes float64 only in the interpreter (TRITON_INTERPRET=1)"
-    return _why_not_tma(config)
+    return _why_not_margin(config) or _why_not_tma(config)
+
+
+def _why_not_margin(config: MoeConfig) -> str | None:
+    """At least one multiprocessor is left to the block."""
+    import torch
+
+    there = torch.cuda.get_device_properties(config.device).multi_processor_count if config.sm_margin else 1
+    if config.sm_margin < there:
+        return None
+    return f"sm_margin={config.sm_margin} leaves none of this GPU's {there} multiprocessors"
 
 
 def _why_not_interpreted(config: MoeConfig) -> str | None:

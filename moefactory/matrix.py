@@ -135,7 +135,12 @@ def _triton_axes() -> Axes:
     all_by_tma = [f"moe.kernels.{p}.{name}=true" for p in PASSES for name in _tma_flags(p)]
     uneven = [f"moe.kernels.{p}.{key}" for p in PASSES for key in ("up.block_n=64", "down.block_m=32", "block_k=16")]
     kernels = ((), (_SMALL,), (_SMALL, *weights_by_tma), (_SMALL, *all_by_tma), tuple(uneven))
-    return {**_common_axes(), "kernels": kernels, "saved": _choose("moe.saved", None, "h_reused", "x")}
+    return {
+        **_common_axes(),
+        "kernels": kernels,
+        "saved": _choose("moe.saved", None, "h_reused", "x"),
+        "sm_margin": _choose("moe.sm_margin", None, 1),
+    }
 
 
 def _tma_flags(pass_name: str) -> list[str]:

@@ -84,6 +84,14 @@ def _saved(case: Case) -> str | None:
     return None
 
 
+def _sm_margin(case: Case) -> str | None:
+    margin = case.config.sm_margin
+    if margin < 0:
+        return f"sm_margin={margin} is no number of multiprocessors"
+    torch = case.config.backend.name is Backend.torch
+    return f"sm_margin={margin} with backend torch" if torch and margin else None
+
+
 def _each_kernel(case: Case, check: Callable[[str, KernelConfig], str | None]) -> str | None:
     """The first complaint of `check(key, config)` over the stated kernel configs."""
     for pass_name in PASSES:
@@ -294,6 +302,9 @@ RULES: tuple[Rule, ...] = (
     Rule("saved", ("saved", "backend.name", "trace"), _saved,
          "set saved=h; backend torch keeps what autograd keeps, and what is traced is not written over",
          {"saved": "x"}, {"backend.name": "triton"}),
+    Rule("sm-margin", ("sm_margin", "backend.name"), _sm_margin,
+         "set sm_margin to 0 or more; backend torch launches what torch launches and takes 0",
+         {"sm_margin": 16}, {"backend.name": "triton"}),
     _permute_tma("permute_x", "up", "fwd", "use_tma_load_x"),
     _permute_tma("permute_y", "down", "fwd", "use_tma_store"),
     _permute_tma("permute_x", "up", "bwd_dX", "use_tma_store"),

@@ -294,7 +294,7 @@ def _settings(row: dict[str, Any], config: Flat) -> Flat:
     chosen |= {"dtype": config["dtype"], "tokens": row["tokens"]}
     if row["part"] == "pairs":
         return chosen | {"hidden_act": config["model.hidden_act"]}
-    return chosen | {"kernels": kernels(config), "saved": config["saved"]}
+    return chosen | {"kernels": kernels(config), "saved": config["saved"], "sm_margin": config["sm_margin"]}
 
 
 _FEASIBLE: dict[tuple[str, frozenset[Any]], bool] = {}

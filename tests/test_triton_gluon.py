@@ -326,7 +326,7 @@ def _run(name: str, module: Any, seed: int, monkeypatch: pytest.MonkeyPatch) -> 
     generator = torch.Generator().manual_seed(1)
     x, h, other = (torch.randn(m, n, generator=generator).bfloat16() for n in (HALVES.hidden, 2 * width, width))
     monkeypatch.setattr(module, "launch", gluon_interpreter.launch(seed))
-    monkeypatch.setattr(module, "num_programs", lambda device: 2)
+    monkeypatch.setattr(module, "num_programs", lambda device, sm_margin: 2)
     out = [torch.full((m, n * width), torch.nan, dtype=torch.bfloat16) for n in (1, 2)]
     if name == ROWS:
         flags = {"permute_x": False, "permute_y": False, "swiglu": True}

@@ -258,7 +258,7 @@ def test_specialized_in_few_programs(flags: dict[str, bool], monkeypatch: pytest
         with fused.surroundings(), monkeypatch.context() as patch:
             many = fused.run(p, o)
             for module in (specialized_rows, specialized_dswiglu, specialized_dW):
-                patch.setattr(module, "num_programs", lambda device: 3)
+                patch.setattr(module, "num_programs", lambda device, sm_margin: 3)
             assert fused.differing(fused.run(p, o), many) == []
 
 
@@ -277,7 +277,7 @@ def test_tiles_are_claimed_or_go_round(shape: Shape, programs: int, monkeypatch:
 
     for module in (specialized_rows, specialized_dswiglu):
         monkeypatch.setattr(module, "launch", telling)
-        monkeypatch.setattr(module, "num_programs", lambda device: programs)
+        monkeypatch.setattr(module, "num_programs", lambda device, sm_margin: programs)
     p = fused.problem(shape, torch.bfloat16).to("cuda")
     plan = p.plan
     table = tile_table(plan.group_offsets, plan.gather_indices.shape[0], 128)

@@ -590,6 +590,7 @@ CHANGES = {
     "fuse_swiglu": False,
     "fuse_combine": False,
     "saved": "x",
+    "sm_margin": 16,
 }
 
 

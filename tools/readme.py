@@ -53,6 +53,8 @@ MEANINGS = {
     "autotune": "tuned kernel configs where the cache has them, the shipped table elsewhere; false: the shipped table",
     "saved": "what a training forward keeps besides x and the routing: h, the pre-activation; h_reused, the same, "
     "written over by the one backward; x, nothing, the backward computes it again",
+    "sm_margin": "multiprocessors that the GEMMs leave to what runs beside them, such as a collective; see "
+    "[beside a collective](#beside-a-collective)",
     "trace": "forward returns every intermediate",
     "dtype": "null: the source's own, float32 for random weights",
     "device": "null: the source's own, cpu for random weights",

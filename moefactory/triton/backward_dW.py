@@ -154,7 +154,7 @@ def dW_gemm(
     x_arg: Any = descriptor(x, [config.block_m, config.block_k]) if config.use_tma_load_x else x
     dw_desc: Any = descriptor(dw, [1, config.block_n, config.block_k]) if config.use_tma_store else dw
     tiles = num_experts * cdiv(n, config.block_n) * cdiv(k, config.block_k)
-    programs = min(num_programs(x.device, 2 if config.num_warps <= 4 else 1), tiles)
+    programs = min(num_programs(x.device, rows.sm_margin, 2 if config.num_warps <= 4 else 1), tiles)
     launch(
         "dW",
         _grouped_dW,

@@ -186,7 +186,7 @@ def _launch_dX(
     m = rows.gather_indices.shape[0]
     dy_arg: Any = descriptor(dy, [config.block_m, config.block_n]) if config.use_tma_load_dy else dy
     w_arg: Any = descriptor(weight, [1, config.block_n, config.block_k]) if config.use_tma_load_w else weight
-    programs = num_programs(dy.device, 2 if config.num_warps <= 4 else 1)
+    programs = num_programs(dy.device, rows.sm_margin, 2 if config.num_warps <= 4 else 1)
     programs = min(programs, rows.table.max_tiles * cdiv(k, config.block_k))
     args = (dy_arg, w_arg, *outputs, *rows.arguments, experts, m, n, k)
     meta = {**kernel_arguments(config), **flags, "DY_DIVISOR": dy_divisor, "EVEN_N": n % config.block_n == 0}

@@ -270,18 +270,30 @@ def suits(x: Tensor, num_experts: int, top_k: int, options: FusedOptions) -> boo
 
 
 def _fake(
-    x: Tensor, gate: Tensor, gate_up_proj: Tensor, down_proj: Tensor, top_k: int, norm_topk_prob: bool
+    x: Tensor,
+    gate: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    top_k: int,
+    norm_topk_prob: bool,
+    sm_margin: int = 0,
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape[0], gate.shape[0])
 
 
 @define(
-    "decode(Tensor x, Tensor gate, Tensor gate_up_proj, Tensor down_proj, int top_k, bool norm_topk_prob) "
-    "-> (Tensor, Tensor)",
+    "decode(Tensor x, Tensor gate, Tensor gate_up_proj, Tensor down_proj, int top_k, bool norm_topk_prob, "
+    "int sm_margin=0) -> (Tensor, Tensor)",
     _fake,
 )
 def decode_tokens(
-    x: Tensor, gate: Tensor, gate_up_proj: Tensor, down_proj: Tensor, top_k: int, norm_topk_prob: bool
+    x: Tensor,
+    gate: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    top_k: int,
+    norm_topk_prob: bool,
+    sm_margin: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """(out [T,H], router logits [T,E]) of x [T,H]; see `suits`. No backward.
 
@@ -305,7 +317,10 @@ def decode_tokens(
         # from Hopper on a kernel may be put in place before the one in front of it has ended
         first, second = _constants(sizes, x.dtype, _capability(x.device) >= 90)
         launch("decode_gate", _gate, (experts, tokens), x, gate, logits, arrived, **first)
-        grid, args = (num_programs(x.device, PROGRAMS),), (x, logits, gate_up_proj, down_proj, a, out, arrived)
+        grid, args = (
+            (num_programs(x.device, sm_margin, PROGRAMS),),
+            (x, logits, gate_up_proj, down_proj, a, out, arrived),
+        )
         for parts in (UP, DOWN) if interpreting() else (BOTH,):
             launch("decode_experts", _experts, grid, *args, PARTS=parts.value, **second)
     return out, logits
@@ -335,8 +350,10 @@ def _no_backward(ctx: Any, *grads: Any) -> None:
 differentiate(decode_tokens, _no_backward)
 
 
-def decode(tensors: tuple[Tensor, Tensor, Tensor, Tensor], top_k: int, norm_topk_prob: bool) -> tuple[Tensor, Tensor]:
+def decode(
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor], top_k: int, norm_topk_prob: bool, sm_margin: int = 0
+) -> tuple[Tensor, Tensor]:
     """`decode_tokens`, which has no forward-mode derivative: refused here, the dispatcher would drop the tangent."""
     refuse_forward_mode(*tensors)
-    out, logits = call(decode_tokens, *tensors, top_k, norm_topk_prob)
+    out, logits = call(decode_tokens, *tensors, top_k, norm_topk_prob, sm_margin)
     return out, logits

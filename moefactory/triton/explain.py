@@ -43,6 +43,8 @@ def explain(block: Qwen3MoeFusedGroupedGEMMBlock, num_tokens: int) -> str:
     model = block.model
     rows = num_tokens * model.top_k
     front = "; router, plan and tile table in one launch" if few(num_tokens, model.num_experts) else ""
+    margin = block.fused.sm_margin
+    front += f"; GEMMs leave {margin} of the GPU's multiprocessors to others" if margin else ""
     lines = [f"backend triton: {rows} rows, {rows / model.num_experts:.4g} per expert{front}"]
     x = torch.empty(num_tokens, model.hidden_size, dtype=_computed(block), device="meta")
     if not block.trace and decode.suits(x, model.num_experts, model.top_k, block.fused):

@@ -151,6 +151,7 @@ class Rows:
     gather_indices: Tensor  # [T*K]
     top_k: int
     table: TileTable
+    sm_margin: int = 0  # multiprocessors that are left to others
 
     @property
     def arguments(self) -> tuple[Tensor, ...]:
@@ -193,7 +194,7 @@ def forward_gemm(
         w_arg = descriptor(weight, [1, config.block_n, config.block_k])
     y_desc: Any = descriptor(y, [config.block_m, out_n]) if config.use_tma_store else y
     h_desc = descriptor(h, [config.block_m, out_n]) if config.use_tma_store and h is not None else y_desc
-    programs = num_programs(x.device, 2 if config.num_warps <= 4 else 1)
+    programs = num_programs(x.device, rows.sm_margin, 2 if config.num_warps <= 4 else 1)
     programs = min(programs, rows.table.max_tiles * cdiv(width, out_n))
     launch(
         "forward_up" if swiglu else "forward",

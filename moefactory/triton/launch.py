@@ -138,11 +138,10 @@ def _multiprocessors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
-def num_programs(device: torch.device, per_multiprocessor: int = 1) -> int:
-    """How many persistent programs fill this device."""
-    if device.type != "cuda":
-        return INTERPRETED_PROGRAMS
-    return _multiprocessors(_index(device)) * per_multiprocessor
+def num_programs(device: torch.device, sm_margin: int, per_multiprocessor: int = 1) -> int:
+    """How many persistent programs fill this device but for `sm_margin` of its multiprocessors; at least one's."""
+    there = _multiprocessors(_index(device)) if device.type == "cuda" else INTERPRETED_PROGRAMS
+    return max(1, there - sm_margin) * (per_multiprocessor if device.type == "cuda" else 1)
 
 
 def _index(device: torch.device) -> int:

@@ -18,6 +18,7 @@ class FusedOptions:
         top_k: K.
         permute_x, permute_y, fuse_swiglu, fuse_combine, autotune: as in `MoeConfig`.
         saved: what a forward keeps, the value of a `config.Saved`.
+        sm_margin: as in `MoeConfig`.
         kernels: (pass, gemm, config) of every stated kernel config.
         text: all of them as JSON.
     """
@@ -29,6 +30,7 @@ class FusedOptions:
     fuse_combine: bool = True
     autotune: bool = True
     saved: str = "h"
+    sm_margin: int = 0
     kernels: tuple[tuple[str, str, KernelConfig], ...] = field(default=())
     text: str = field(init=False, repr=False, compare=False)
 

@@ -80,7 +80,7 @@ class Pipeline:
         self.num_rows = gather.shape[0]
         self._by_block: dict[int, Rows] = {}
         if table is not None:
-            self._by_block[block_m] = Rows(offsets, gather, options.top_k, TileTable(*table, table[0].shape[0]))
+            self._by_block[block_m] = self._on(TileTable(*table, table[0].shape[0]))
 
     def _config(self, pass_name: str, gemm: str) -> KernelConfig:
         return config_of(pass_name, gemm, self.weights[gemm], self.num_rows, self.options)
@@ -90,8 +90,11 @@ class Pipeline:
         rows = self._by_block.get(block_m)
         if rows is None:
             table = tile_table(self.offsets, self.num_rows, block_m) if self.num_rows else self._no_table()
-            rows = self._by_block[block_m] = Rows(self.offsets, self.gather, self.options.top_k, table)
+            rows = self._by_block[block_m] = self._on(table)
         return rows
+
+    def _on(self, table: TileTable) -> Rows:
+        return Rows(self.offsets, self.gather, self.options.top_k, table, self.options.sm_margin)
 
     def _no_table(self) -> TileTable:
         return TileTable(self.offsets, self.offsets, self.offsets, 0)
@@ -179,7 +182,7 @@ class Pipeline:
 
     def _rows_of_dW(self) -> Rows:
         """dW walks experts, not row tiles: no table."""
-        return Rows(self.offsets, self.gather, self.options.top_k, self._no_table())
+        return self._on(self._no_table())
 
     def dw_up(self, dh: Tensor, x: Tensor) -> Tensor:
         """dgate_up_proj [E,2I,H]."""

@@ -307,7 +307,7 @@ def specialized_dW(
     launch(
         "dW",
         _specialized_dW,
-        (min(num_programs(x.device), tiles),),
+        (min(num_programs(x.device, rows.sm_margin), tiles),),
         *(p_desc, q_desc, dw_desc, p, q, rows.expert_offsets, rows.gather_indices, experts, p_size, q_size),
         P_DIVISOR=p_divisor,
         Q_DIVISOR=q_divisor,

@@ -352,7 +352,7 @@ def specialized_dX_dswiglu(
     launch(
         name,
         _specialized_dX_dswiglu,
-        (min(num_programs(dy.device), rows.table.max_tiles * cdiv(k, config.block_k)),),
+        (min(num_programs(dy.device, rows.sm_margin), rows.table.max_tiles * cdiv(k, config.block_k)),),
         *(x_desc, w_desc, dy, aligned(h).view(torch.int32)),  # two numbers a word: see `_load_h`
         *(dh, scaled_a, ds, dh if routing_weights is None else routing_weights),
         *(*rows.arguments, experts, num_rows, n, k),

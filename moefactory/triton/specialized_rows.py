@@ -566,7 +566,7 @@ def _launch(
     launch(
         name,
         _specialized_rows,
-        (min(num_programs(x.device), rows.table.max_tiles * cdiv(width, out_n)),),
+        (min(num_programs(x.device, rows.sm_margin), rows.table.max_tiles * cdiv(width, out_n)),),
         *(x_desc, w_desc, *outputs[:2], x, outputs[2], *rows.arguments),
         *(experts, num_rows, reduced, width),
         **{"SCATTER": False, "STORE_H": False, **flags},
