@@ -30,6 +30,7 @@ SPEED = {  # GPU -> its results of block.py and of first_forward.py
     gpu: tuple(ROOT / "benchmarks" / "results" / f"{name}{end}.json" for name in ("block", "first_forward"))
     for gpu, end in (("H200", ""), ("H100", "_h100"))
 }
+BESIDE = ROOT / "benchmarks" / "results" / "beside.json"
 BENCH = ROOT / "benchmarks" / "results" / "bench_30b.json"
 
 MEANINGS = {
@@ -206,6 +207,22 @@ def peers() -> str:
     return table((f"{tokens:,} tokens", "forward ms", "step ms", "held MiB", "peak of a step MiB"), lines)
 
 
+def beside() -> str:
+    """Block and dense products beside a kernel that holds multiprocessors, at the most tokens of ``beside.py``."""
+    result = json.loads(BESIDE.read_text())
+    most = max(row["tokens"] for row in result["rows"])
+    lines = [
+        (
+            row["model"], str(row["held"]), str(row["margin"]),
+            f"{row['forward_ms']:.2f}", f"{row['step_ms']:.2f}", f"{row['dense_step_ms']:.2f}",
+        )
+        for row in result["rows"] if row["tokens"] == most
+    ]  # fmt: skip
+    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items() if name != "commit")
+    head = ("model", "held", "`sm_margin`", "forward ms", "step ms", "dense ms")
+    return f"{versions}, commit `{result['versions']['commit'][:7]}`:\n\n{table(head, lines)}"
+
+
 _COLUMNS = ("median", "least", "most")
 TABLES = {
     "options": options,
@@ -215,6 +232,7 @@ TABLES = {
     "speed": speed,
     "more-speed": more_speed,
     "peers": peers,
+    "beside": beside,
 }
 
 
