@@ -79,7 +79,7 @@ def _build(request: Any) -> tuple[str, int]:
     from .rules import check_rules, make_case
 
     check_rules(make_case(request.config))
-    require_here(request.config)
+    require_here(request.config, numbers=False)
     from .factory import build
 
     facts = describe_block(build(request.config), request.options["tokens"])

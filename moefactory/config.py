@@ -418,7 +418,8 @@ def _scalar(value: Any, schema: Any, path: str, hidden: set[str]) -> Any:
     number_for_bool = schema._metadata.ref_type is bool and not isinstance(value, bool | str | None)
     too_long = isinstance(value, str) and len(value) > MAX_TEXT
     huge = isinstance(value, int) and value.bit_length() > 64
-    if number_for_bool or too_long or huge or not isinstance(value, bool | int | float | str | Enum | None):
+    empty = value == "" and schema._metadata.ref_type is str
+    if number_for_bool or too_long or huge or empty or not isinstance(value, bool | int | float | str | Enum | None):
         raise ConfigError(f"{path}: got {_came(value, path, hidden)}{allowed_values(path)}")
     return value
 

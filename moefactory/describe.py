@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -46,6 +47,7 @@ def describe_config(config: MoeConfig, tokens: int) -> dict[str, Any]:
     from .machine import why_not_here
 
     model, origin = _sizes(config)
+    _check_sizes(model)
     broken = [{"id": r.id, "found": f, "repair": r.repair} for r, f in broken_rules(make_case(config, model))]
     facts |= {"model": asdict(model), "sizes_from": origin, "legal": not broken, "broken_rules": broken}
     if not broken:
@@ -53,6 +55,13 @@ def describe_config(config: MoeConfig, tokens: int) -> dict[str, Any]:
         facts |= {"runs_here": reason is None, "reason": reason}
         facts["would_run"] = None if reason else explain_unbuilt(config, model, tokens)
     return facts
+
+
+def _check_sizes(model: ResolvedModel) -> None:
+    """ConfigError for weights of more bytes than an address has numbers: torch would say so in other words."""
+    needed = 3 * model.num_experts * model.hidden_size * model.moe_intermediate_size * 8  # as float64, the widest
+    if needed > sys.maxsize:
+        raise ConfigError(f"model: its weights take {needed} bytes as float64; choose smaller sizes")
 
 
 def _sizes(config: MoeConfig) -> tuple[ResolvedModel, str]:
@@ -120,7 +129,7 @@ def describe_block(block: Any, tokens: int) -> dict[str, Any]:
 
 
 def describe_machine() -> dict[str, Any]:
-    """Versions, GPUs, the cache folder, and which backends run here on which device in which dtype."""
+    """Versions, GPUs, the cache folders, and which backends run here on which device in which dtype."""
     from .numerics.demo import cache_folder
 
     try:
@@ -128,6 +137,9 @@ def describe_machine() -> dict[str, Any]:
         cached: dict[str, Any] = {"path": str(cache), "writable": _writable(cache)}
     except RuntimeError as error:  # no home
         cached = {"path": None, "writable": False, "reason": str(error)}
+    from .triton.cache import root
+
+    tuned = root()
     return {
         "moefactory": __version__,
         "python": platform.python_version(),
@@ -136,6 +148,7 @@ def describe_machine() -> dict[str, Any]:
         "gpus": _gpus(),
         "environment": {"TRITON_INTERPRET": os.environ.get("TRITON_INTERPRET", "")},
         "cache": cached,
+        "tuning_cache": {"path": tuned and str(tuned), "writable": tuned is not None and _writable(tuned)},
         "runs": _what_runs(),
     }
 
@@ -185,16 +198,21 @@ def _what_runs() -> list[dict[str, Any]]:
     return found
 
 
-def require_here(config: MoeConfig) -> None:
-    """Raise what keeps a configuration from running: ConfigError for no such device, MachineError for none here."""
+def require_here(config: MoeConfig, numbers: bool = True) -> None:
+    """Raise what keeps a configuration from running: ConfigError for no such device, MachineError for none here.
+
+    `numbers`: it is to compute some, which the meta device cannot.
+    """
     import torch
 
     from .machine import why_not_here
 
     try:
-        torch.device(config.device or "cpu")
+        kind = torch.device("cpu" if config.device is None else config.device).type
     except RuntimeError:
         came = f"moe.device: got {config.device!r}, which is no torch device"
         raise ConfigError(f"{came}; allowed: cpu, cuda, cuda:0, ...") from None
+    if numbers and kind == "meta":
+        raise MachineError(f"device={config.device} holds no numbers; allowed: cpu, cuda, cuda:0, ...")
     if reason := why_not_here(config):
         raise MachineError(reason)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 from .config import Backend, DType, KernelConfig, MoeConfig, resolve_kernels
 from .rules import tma_flags
+
+if TYPE_CHECKING:
+    import torch
 
 
 def interpreting() -> bool:
@@ -18,16 +22,32 @@ def why_not_here(config: MoeConfig) -> str | None:
     """Why this machine cannot run `config`, in one line, or None when it can."""
     import torch
 
-    device = config.device or "cpu"
+    device = "cpu" if config.device is None else config.device
     try:
-        kind = torch.device(device).type
+        place = torch.device(device)
     except RuntimeError:
         return f"device={device!r} is no torch device; allowed: cpu, cuda, cuda:0, ..."
+    kind = place.type
     if kind == "cuda" and not torch.cuda.is_available():
         return f"device={device} but torch sees no GPU here"
+    if kind == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        return f"device={device} but torch sees {torch.cuda.device_count()} GPUs here"
+    if kind not in {"cpu", "cuda", "meta"} and not _known_to_torch(place):
+        return f"device={device} but this torch cannot use it here; allowed: cpu, cuda, cuda:0, ..."
     if config.backend.name is Backend.triton:
         return _why_not_triton(config, kind)
     return None
+
+
+def _known_to_torch(device: torch.device) -> bool:
+    """Whether torch makes tensors on another kind of device. If not, it says so in a different way for each."""
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except Exception:
+        return False
+    return True
 
 
 def _why_not_triton(config: MoeConfig, kind: str) -> str | None:

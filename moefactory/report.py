@@ -205,12 +205,14 @@ def machine(facts: dict[str, Any]) -> str:
     gpus = [
         ("GPU", f"{g['name']}, capability {g['capability']}, {g['memory']}, CUDA {g['cuda']}") for g in facts["gpus"]
     ]
-    cache = facts["cache"]
     about = _pairs([
         ("moefactory", facts["moefactory"]), ("python", f"{facts['python']}, {facts['platform']}"),
         ("packages", packages), *(gpus or [("GPU", "none that torch sees")]),
         *((name, value or "not set") for name, value in facts["environment"].items()),
-        ("cache", f"{cache['path']}{'' if cache['writable'] else ' (cannot be written)'}"),
+        *(
+            (name, f"{facts[key]['path']}{'' if facts[key]['writable'] else ' (cannot be written)'}")
+            for name, key in (("cache", "cache"), ("tuned configs", "tuning_cache"))
+        ),
     ])  # fmt: skip
     table = _table("backend", "device", "dtypes", "runs here", "why not")
     for row in facts["runs"]:

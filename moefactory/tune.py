@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from .config import PASSES, Backend, ConfigError, DType, MoeConfig, ResolvedModel, as_dict
+from .config import PASSES, Backend, ConfigError, DType, MachineError, MoeConfig, ResolvedModel, as_dict
 from .describe import require_here
 from .machine import interpreting
 from .progress import Tell, bar
@@ -75,7 +75,7 @@ def run_tune(
 
     Raises:
         ConfigError: an illegal configuration, or one whose block has no use for tuned configs.
-        MachineError: this machine cannot run it.
+        MachineError: this machine cannot run it, or the results could not be kept.
     """
     start = time.perf_counter()
     check_rules(make_case(config))
@@ -85,9 +85,12 @@ def run_tune(
     if not config.autotune:
         raise ConfigError("autotune: got false; allowed: true, since a block without it never uses tuned configs")
     require_here(config)
+    _require_something(config, passes)
     from .factory import build
-    from .triton.cache import root
+    from .triton.cache import root, why_not_writable
 
+    if reason := why_not_writable():
+        raise MachineError(f"tuning cache: {reason}; name another folder in MOEFACTORY_CACHE")
     block: Any = build(config)
     reports = tuple(_reports(block, tokens, passes, redo, timer, tell))
     folder = root()
@@ -96,6 +99,12 @@ def run_tune(
     where = None if folder is None else str(folder)
     placed = replace(config, dtype=DType(str(block.gate.dtype).removeprefix("torch.")), device=str(block.gate.device))
     return Tuned(_status(reports), as_dict(placed), block.model, where, seconds, reports, notes)
+
+
+def _require_something(config: MoeConfig, passes: Sequence[str]) -> None:
+    """ConfigError where no stated pass has a launch to tune."""
+    if config.dX_only and passes and set(passes) <= {"bwd_dW"}:
+        raise ConfigError("passes: got bwd_dW, which does not run with dX_only=true; allowed: fwd, bwd_dX")
 
 
 def _reports(

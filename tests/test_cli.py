@@ -359,6 +359,33 @@ def test_doctor_says_what_runs_and_why_not(run: Run, monkeypatch: pytest.MonkeyP
     assert "torch sees no GPU" in run("doctor")[1]
 
 
+def test_doctor_names_both_caches(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The demonstration's and that of tuned configs, which a variable may put elsewhere."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("MOEFACTORY_CACHE", "/proc/nowhere")
+    facts = json.loads(run("doctor", "format=json")[1])
+    assert facts["cache"] == {"path": str(tmp_path / "moefactory"), "writable": True}
+    assert facts["tuning_cache"]["path"] == "/proc/nowhere"
+    assert "/proc/nowhere" in run("doctor")[1]
+
+
+def test_show_of_sizes_beyond_an_address(run: Run) -> None:
+    """Said in numbers of ours, whatever torch would say of such a tensor."""
+    code, out, err = run("show", *(f"moe.model.{name}=1000000000" for name in ("hidden_size", "moe_intermediate_size")))
+    assert (code, out) == (2, "")
+    assert err.endswith("model: its weights take 192000000000000000000 bytes as float64; choose smaller sizes\n")
+
+
+@pytest.mark.parametrize("verb", ["check", "bench"])
+def test_meta_is_for_building_only(run: Run, verb: str) -> None:
+    assert run("build", "moe.device=meta")[0] == 0
+    code, out, err = run(verb, "moe.device=meta")
+    assert (code, out) == (3, "")
+    assert (
+        err == "moefactory: this machine cannot run it: device=meta holds no numbers; allowed: cpu, cuda, cuda:0, ...\n"
+    )
+
+
 # --- manners ----------------------------------------------------------------------------------------------------------
 
 

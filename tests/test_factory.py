@@ -107,6 +107,12 @@ def test_flags_arrive() -> None:
 REFUSED: dict[str, tuple[Any, str]] = {
     "no mapping": ("qwen3", "moe: got 'qwen3'; allowed: a mapping with backend"),
     "no device": (MoeConfig(device="gpu"), "this machine cannot run it: device='gpu' is no torch device"),
+    "device of another torch": (
+        MoeConfig(device="xpu"),
+        "this machine cannot run it: device=xpu but this torch cannot use it here; allowed: cpu, cuda, cuda:0, ...$",
+    ),
+    "device of nothing": (MoeConfig(device=""), "device: got ''; allowed: a string, or null$"),
+    "path of nothing": (random(source=WeightsSource.checkpoint, path="", layer=0), "weights.path: got ''; allowed: "),
     "two lines": (MoeConfig(device="a\nb"), r"this machine cannot run it: device='a\\nb' is no torch device"),
     "both gradients": (MoeConfig(dW_only=True, dX_only=True), "dW_only-dX_only: "),
     "top_k": (sized(top_k=9), "top-k: model.top_k=9 with model.num_experts=8; top_k is at most num_experts"),

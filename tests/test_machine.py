@@ -17,8 +17,10 @@ from moefactory.config import (
     KernelConfigBackward_dX,
     KernelConfigForward,
     KernelsConfig,
+    MachineError,
     MoeConfig,
 )
+from moefactory.describe import require_here
 from moefactory.machine import why_not_here
 from moefactory.rules import broken_rules, make_case
 
@@ -52,6 +54,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
     def of(capability: tuple[int, int]) -> None:
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
 
     return of
@@ -115,3 +118,28 @@ def test_a_kernel_that_is_not_interpreted_needs_a_gpu(monkeypatch: pytest.Monkey
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     found = why_not_here(config_of("fwd", SPECIALIZED["fwd"], DType.bfloat16, None))
     assert found == "backend triton on device=cpu needs a GPU, or TRITON_INTERPRET=1 from the start"
+
+
+@pytest.mark.parametrize(("device", "there"), [("cuda", True), ("cuda:0", True), ("cuda:1", False), ("cuda:9", False)])
+def test_a_gpu_beyond_those_there(device: str, there: bool, gpu: Any) -> None:
+    """On a machine with one GPU: the second is refused with both numbers, not by CUDA's own words."""
+    gpu((9, 0))
+    reason = f"device={device} but torch sees 1 GPUs here"
+    assert why_not_here(MoeConfig(device=device)) == (None if there else reason)
+
+
+@pytest.mark.parametrize("device", ["xpu", "mps", "hpu"])
+@pytest.mark.parametrize("backend", Backend)
+def test_a_device_of_another_torch(device: str, backend: Backend) -> None:
+    """Torch knows the name, and says in each case something else: AssertionError, RuntimeError, a missing module."""
+    reason = f"device={device} but this torch cannot use it here; allowed: cpu, cuda, cuda:0, ..."
+    assert why_not_here(MoeConfig(BackendConfig(backend), device=device)) == reason
+
+
+def test_the_meta_device_holds_no_numbers() -> None:
+    """A block may be built there; what computes refuses it."""
+    config = MoeConfig(device="meta")
+    assert why_not_here(config) is None
+    require_here(config, numbers=False)
+    with pytest.raises(MachineError, match=r"^this machine cannot run it: device=meta holds no numbers; allowed: cpu"):
+        require_here(config)

@@ -382,6 +382,17 @@ def test_a_workflows_shard_checks_rows_and_refuses_illegal_ones(tmp_path: Path) 
     assert ours["steps"][-1]["run"] == job["steps"][-1]["run"].replace("ci/", "examples/ci/")
 
 
+@pytest.mark.parametrize(
+    "words", [[], ["x"], ["1/0"], ["0/14"], ["15/14"], ["-1/3"], ["1/14", "2/14"], ["1/2/3"], ["/"]]
+)
+def test_a_shard_that_there_is_not(words: list[str]) -> None:
+    """One line and exit status 1 before any row is run: no shard is taken for an empty one."""
+    script = [sys.executable, str(ROOT / "examples" / "ci" / "run_shard.py"), *words]
+    done = subprocess.run(script, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"run_shard.py: got {' '.join(words)!r}; needed: NUMBER/COUNT, 1/12 to 12/12\n"
+
+
 def _step(job: dict[str, Any], name: str, cwd: Path, env: dict[str, str], shard: str = "") -> str:
     """Run the command of a workflow's step as GitHub does."""
     (command,) = (step["run"] for step in job["steps"] if step.get("id") == name)

@@ -137,6 +137,7 @@ def test_a_multiprocessor_is_left(margin: int, left: bool, monkeypatch: pytest.M
     """On a GPU of 132: a margin of all of them is refused with both numbers, before anything runs."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     gpu = SimpleNamespace(multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: gpu)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -68,6 +69,28 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 def origins(found: Any) -> list[set[str]]:
     """The statuses in each report."""
     return [{row.status for row in report.rows} for report in found.reports]
+
+
+@pytest.mark.parametrize("format", ["table", "json"])
+def test_results_that_could_not_be_kept(run: Run, monkeypatch: pytest.MonkeyPatch, device: str, format: str) -> None:
+    """A cache that cannot be written is said before the search, in one line: its results would end with the process."""
+    monkeypatch.setenv("MOEFACTORY_CACHE", "/proc/nowhere/tuned")
+    monkeypatch.setattr(tuning, "tune", lambda *args, **more: pytest.fail("searched"))
+    code, out, err = run("tune", "moe/backend=triton", f"moe.device={device}", "tokens=[8]", f"format={format}")
+    assert (code, out) == (3, "")
+    assert re.fullmatch(
+        r"moefactory: this machine cannot run it: tuning cache: /proc/nowhere/tuned cannot be written \(.+\); "
+        r"name another folder in MOEFACTORY_CACHE\n",
+        err,
+    )
+
+
+def test_nothing_to_tune(run: Run, device: str) -> None:
+    """Of a block without gradients of the weights, the one pass that makes them: refused, not an empty success."""
+    words = ("moe/backend=triton", f"moe.device={device}", "moe.dX_only=true", "tokens=[8]", "passes=[bwd_dW]")
+    code, out, err = run("tune", *words)
+    assert (code, out) == (2, "")
+    assert "passes: got bwd_dW, which does not run with dX_only=true; allowed: fwd, bwd_dX" in err
 
 
 def test_each_token_count_is_tuned_and_later_blocks_use_the_results(config: MoeConfig, folder: Path) -> None:

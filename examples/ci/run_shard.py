@@ -33,9 +33,17 @@ def outcome(row: Row) -> str:
     return "checked" if report.status == "ok" else f"FAILED, {'; '.join(bad[:3])}"
 
 
+def shard(arguments: list[str]) -> tuple[int, int]:
+    """(number, count) of the command line; SystemExit in one line for anything else than NUMBER/COUNT."""
+    parts = arguments[0].split("/") if len(arguments) == 1 else []
+    if len(parts) == 2 and all(part.isdecimal() for part in parts) and 1 <= int(parts[0]) <= int(parts[1]):
+        return int(parts[0]), int(parts[1])
+    raise SystemExit(f"run_shard.py: got {' '.join(arguments)!r}; needed: NUMBER/COUNT, 1/12 to 12/12")
+
+
 def main() -> int:
     """Run the shard that the command line names."""
-    number, count = map(int, sys.argv[1].split("/"))
+    number, count = shard(sys.argv[1:])
     tally: Counter[str] = Counter()
     for row in rows():
         if shard_of(row.id, count) == number:

@@ -18,6 +18,7 @@ import math
 import os
 import secrets
 import stat
+import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -47,6 +48,19 @@ def root() -> Path | None:
         shared = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
         return (shared if shared.is_absolute() else Path("~/.cache").expanduser()) / "moefactory"
     return None
+
+
+def why_not_writable() -> str | None:
+    """Why results would end with this process though there is a folder for them, or None. Nothing is left behind."""
+    folder = root()
+    if folder is None:
+        return None
+    there = next((above for above in (folder, *folder.absolute().parents) if above.exists()), folder)
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            return None
+    except OSError as error:
+        return f"{folder} cannot be written ({error.strerror})"
 
 
 def canonical(value: Any) -> str:
