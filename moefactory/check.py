@@ -25,6 +25,7 @@ from .numerics.judge import Comparison
 from .numerics.run import wanted_gradients
 from .numerics.theirs import load_hf_block, quiet_transformers
 from .numerics.unit import UnitResult, unit_problem
+from .provenance import provenance
 from .reference import activation
 from .rules import check_rules, make_case
 from .weights import to_hf_block
@@ -44,6 +45,7 @@ class CheckReport:
         routing: tokens, top_k, and how many tokens route differently in Hugging Face's block and in float64.
         expert_load: tokens of each expert in the unit-scale problem.
         times_ms: single runs, the first ones: compilation is included.
+        provenance: versions, commit, machine and GPU.
         notes: what the reader should know besides.
     """
 
@@ -56,6 +58,7 @@ class CheckReport:
     routing: dict[str, Any]
     expert_load: list[int]
     times_ms: dict[str, float]
+    provenance: dict[str, Any]
     notes: list[str] = field(default_factory=list)
 
     def plain(self) -> dict[str, Any]:
@@ -95,7 +98,7 @@ def run_check(config: MoeConfig, tokens: int = 64, seed: int = 0, cache: str | N
     times = {**unit.times_ms, "total": (time.perf_counter() - start) * 1000}
     return CheckReport(
         "ok" if all(c.ok for c in comparisons) else "mismatch", comparisons, as_dict(config), model, source, ran,
-        unit.routing, unit.expert_load, times, notes,
+        unit.routing, unit.expert_load, times, provenance(torch.device(config.device or "cpu")), notes,
     )  # fmt: skip
 
 

@@ -161,6 +161,8 @@ def test_json_has_status_and_comparisons(capsys: pytest.CaptureFixture[str], cac
     assert all(keys <= set(c) for c in found["comparisons"])
     assert {c["tensor"] for c in found["comparisons"]} >= set(TENSORS)
     assert {"routing", "expert_load", "times_ms", "config", "model"} <= set(found)
+    assert found["provenance"]["packages"]["torch"] == torch.__version__  # evidence names what it is of
+    assert set(found["provenance"]) >= {"moefactory", "commit", "gpu", "python"}
 
 
 def test_the_table_shows_each_tensor_the_load_and_the_time(capsys: pytest.CaptureFixture[str], cache: str) -> None:
