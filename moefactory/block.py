@@ -113,6 +113,7 @@ class Qwen3MoeGroupedGEMMBlock(nn.Module):
 
         Raises:
             ValueError: a last dimension other than H, or a dtype or device other than the weights'.
+            TypeError: no tensor.
         """
         x, gate, gate_up_proj, down_proj = self._inputs(hidden_states)
         if (whole := self._at_once(x, gate, gate_up_proj, down_proj)) is not None:
@@ -151,6 +152,8 @@ class Qwen3MoeGroupedGEMMBlock(nn.Module):
     def _inputs(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x [T,H] and the three weights, cut off from the graph where no gradient is asked for."""
         width, gate = self.model.hidden_size, self.gate  # a module looks its parameters up in 0.5 us
+        if not isinstance(hidden_states, Tensor):
+            raise TypeError(f"hidden_states: got {type(hidden_states).__name__}; needed: a tensor [..., {width}]")
         if hidden_states.ndim < 1 or hidden_states.shape[-1] != width:
             raise ValueError(f"hidden_states: got shape {tuple(hidden_states.shape)}; needed: [..., {width}]")
         device = hidden_states.device
@@ -288,7 +291,7 @@ class Qwen3MoeFusedGroupedGEMMBlock(Qwen3MoeGroupedGEMMBlock):
             if not getattr(self, name).is_contiguous():
                 strides = tuple(getattr(self, name).stride())
                 raise WeightsError(f"{name}: got strides {strides}; the kernels need a contiguous tensor")
-        self._check_placement()
+        self._check_placement(gate)
         self._bind()
 
     def _bind(self) -> None:
@@ -305,20 +308,20 @@ class Qwen3MoeFusedGroupedGEMMBlock(Qwen3MoeGroupedGEMMBlock):
             kernels=tuple((p, g, c) for p, g, c in stated if c is not None),
         )  # fmt: skip
 
-    def _check_placement(self) -> None:
-        """ConfigError where the weights' device cannot run these kernels. A meta device is judged when it is left."""
-        if self.gate.device.type == "meta":
+    def _check_placement(self, weight: Tensor) -> None:
+        """ConfigError where such a weight's device cannot run these kernels. Meta is judged when it is left."""
+        if weight.device.type == "meta":
             return
-        placed = replace(self.moe_config, device=str(self.gate.device), dtype=_dtype_of(self.gate))
+        placed = replace(self.moe_config, device=str(weight.device), dtype=_dtype_of(weight))
         if reason := why_not_here(placed):
             raise MachineError(reason)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        """Module.to, .cuda, .half, ...: what the new place or dtype cannot run is refused there."""
-        super()._apply(fn, recurse)
-        check_rules(make_case(self.moe_config, self.model, _dtype_of(self.gate)))
-        self._check_placement()
-        return self
+        """Module.to, .cuda, .half, ...: what the new place or dtype cannot run is refused, and nothing is moved."""
+        moved = fn(torch.empty(0, dtype=self.gate.dtype, device=self.gate.device))
+        check_rules(make_case(self.moe_config, self.model, _dtype_of(moved)))
+        self._check_placement(moved)
+        return super()._apply(fn, recurse)
 
     def _experts(
         self, x: Tensor, routing_weights: Tensor, plan: RoutingPlan, gate_up_proj: Tensor, down_proj: Tensor
@@ -408,7 +411,10 @@ class Qwen3MoeFusedGroupedGEMMBlock(Qwen3MoeGroupedGEMMBlock):
 
 
 def _dtype_of(tensor: Tensor) -> DType:
-    return DType(str(tensor.dtype).removeprefix("torch."))
+    name, names = str(tensor.dtype).removeprefix("torch."), [one.value for one in DType]
+    if name not in names:
+        raise ConfigError(f"dtype: got {tensor.dtype}; allowed: {', '.join(names)}")
+    return DType(name)
 
 
 def _result(plan: RoutingPlan, routing_weights: Tensor, steps: ExpertSteps, out: Tensor) -> GroupedGEMMResult:

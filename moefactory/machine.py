@@ -12,6 +12,8 @@ from .rules import tma_flags
 if TYPE_CHECKING:
     import torch
 
+NO_BFLOAT16 = "Triton's interpreter does not compute bfloat16 rightly; choose float32 or float16, or a GPU"
+
 
 def interpreting() -> bool:
     """Whether Triton kernels are interpreted in this process (``TRITON_INTERPRET=1``, read before triton's import)."""
@@ -86,7 +88,7 @@ def _why_not_interpreted(config: MoeConfig) -> str | None:
 
     if bfloat16_is_rounded():
         return None
-    return "Triton's interpreter does not compute bfloat16 rightly; choose float32 or float16, or a GPU"
+    return NO_BFLOAT16
 
 
 def _why_not_tma(config: MoeConfig) -> str | None:

@@ -30,9 +30,11 @@ from moefactory.config import (
     GEMMS,
     PASSES,
     Backend,
+    ConfigError,
     KernelConfigBackward_dW,
     KernelConfigBackward_dX,
     KernelConfigForward,
+    MachineError,
     MoeConfig,
     ResolvedModel,
     Saved,
@@ -44,6 +46,7 @@ from moefactory.factory import build
 from moefactory.numerics.oracle import float64_block
 from moefactory.reference import ExpertOptions
 from moefactory.reference import compute_experts as torch_experts
+from moefactory.triton import launch as launching
 from moefactory.triton import pipeline
 from moefactory.triton.choice import choose
 from moefactory.triton.explain import launches
@@ -725,6 +728,46 @@ def test_weights_moved_after_building() -> None:
     assert judge.run_block(block, x, dy)["hidden_states"].dtype == torch.bfloat16
     with pytest.raises(ValueError, match="needed: the weights' dtype"):
         block(x.float())
+
+
+@pytest.mark.filterwarnings("ignore:Complex modules are a new feature")
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.complex64])
+def test_a_dtype_that_is_refused_moves_nothing(dtype: torch.dtype) -> None:
+    """to(dtype) of a built block: the weights stay what they were, and the block runs on."""
+    block = fused_block()
+    before = {name: weight.clone() for name, weight in block.state_dict().items()}
+    with pytest.raises(ConfigError, match=rf"^dtype: got {dtype}; allowed: float16, bfloat16, float32, float64$"):
+        block.to(dtype)
+    for name, weight in block.state_dict().items():
+        assert weight.dtype == before[name].dtype and torch.equal(weight, before[name])
+    x, _ = block_data(5)
+    assert block(x)[0].isfinite().all()
+
+
+@pytest.mark.interpreter
+def test_bfloat16_that_the_interpreter_would_not_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's own interpreter computes garbage: refused wherever bfloat16 comes in, nothing is moved."""
+    block, (x, _) = fused_block(), block_data(5)
+    monkeypatch.setattr(launching, "bfloat16_is_rounded", lambda: False)
+    reason = "Triton's interpreter does not compute bfloat16 rightly"
+    with pytest.raises(MachineError, match=reason):
+        block.bfloat16()
+    assert block.gate.dtype == x.dtype == torch.float32
+    weights = {name: weight.bfloat16() for name, weight in block.state_dict().items()}
+    for run in (
+        lambda: torch.func.functional_call(block, weights, (x.bfloat16(),)),
+        lambda: block.load_state_dict(weights, assign=True) and block(x.bfloat16()),
+    ):
+        with pytest.raises(MachineError, match=reason):
+            run()
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(MachineError, match=reason):
+        fused_block()(x)
+
+
+@pytest.mark.parametrize("value", [None, [1.0], 3])
+def test_hidden_states_that_are_no_tensor(value: Any) -> None:
+    with pytest.raises(TypeError, match=rf"^hidden_states: got {type(value).__name__}; needed: a tensor \[..., 64\]$"):
+        fused_block()(value)
 
 
 # --- independence of tokens and experts -------------------------------------------------------------------------------

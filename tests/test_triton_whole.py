@@ -6,7 +6,7 @@ logits, torch's own autograd through the torch backend in float64.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import product
 from typing import Any
 
@@ -328,29 +328,60 @@ def test_parts_of_one_memory(sizes: tuple[int, int, int], dtype: torch.dtype, no
     assert all(bool((view == value).all()) for value, view in enumerate(views))
 
 
+def at_an_odd_element(tensor: Tensor) -> Tensor:
+    """In other memory, as of a pool of bytes."""
+    return torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device=tensor.device)[1:].view_as(tensor).copy_(tensor)
+
+
+def last_dimension_first(tensor: Tensor) -> Tensor:
+    """The same numbers in another order of memory, each second element of it."""
+    wide = torch.empty(*reversed(tensor.shape), 2, dtype=tensor.dtype, device=tensor.device)[..., 0]
+    return wide.permute(*reversed(range(tensor.ndim))).copy_(tensor)
+
+
+@pytest.mark.parametrize("elsewhere", [at_an_odd_element, last_dimension_first])
 @pytest.mark.parametrize("saved", ["h", "h_reused", "x"])
 @pytest.mark.parametrize("norm", [True, False])
-def test_a_hook_may_hand_out_other_memory(norm: bool, saved: str) -> None:
-    """What was saved comes back at an odd element of other memory, as of a pool of bytes: the same bits. Not the
-    weights, which are the block's own."""
+def test_a_hook_may_hand_out_other_memory(norm: bool, saved: str, elsewhere: Callable[[Tensor], Tensor]) -> None:
+    """What was saved comes back in other memory, from another start or in another order: the same bits."""
     model = ResolvedModel(64, 32, 8, 2, norm, "silu")
     block, (x, dy) = make_block(model, saved=saved), judge.data(70, model, WIDE)
     expected = step(block, x, dy, None)
-    own = {getattr(block, name).data_ptr() for name in WEIGHTS}
+    own = {getattr(block, name).data_ptr() for name in WEIGHTS} if elsewhere is at_an_odd_element else set()
     moved: list[Tensor] = []
 
     def unpack(tensor: Tensor) -> Tensor:
-        if tensor.data_ptr() in own or not tensor.numel():
+        if tensor.data_ptr() in own or not tensor.numel():  # where weights start decides which kernels run
             return tensor
         moved.append(tensor)
-        return (
-            torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device=tensor.device)[1:].view_as(tensor).copy_(tensor)
-        )
+        return elsewhere(tensor)
 
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, unpack):
         got = step(block, x, dy, None)
     assert fused.differing(got, expected) == []
     assert {t.dtype for t in moved} >= {WIDE, torch.uint8}  # x, and what router and plan left
+    assert own or {tuple(t.shape) for t in moved} >= {tuple(getattr(block, name).shape) for name in WEIGHTS}
+
+
+@pytest.mark.parametrize("wrong", [lambda t: t.to(torch.float16), lambda t: t[:-1], lambda t: t.unsqueeze(0)])
+@pytest.mark.parametrize("number", range(7))
+def test_a_hook_that_hands_out_something_else(number: int, wrong: Callable[[Tensor], Tensor]) -> None:
+    """Of x, three weights, h, what router and plan left, and the logits, one has another dtype or shape than was saved:
+    refused in one line, where the kernels would read addresses that are not theirs."""
+    model = ResolvedModel(64, 32, 8, 2, number < 6, "silu")  # with norm_topk_prob the logits are not saved
+    block, (x, dy) = make_block(model), judge.data(70, model, WIDE)
+    given = iter(range(100))
+
+    def unpack(tensor: Tensor) -> Tensor:
+        return wrong(tensor) if next(given) == number else tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, unpack),
+        pytest.raises(ValueError, match=r"^\w+: got .*; needed: \(") as refusal,
+    ):
+        step(block, x, dy, None)
+    assert "\n" not in str(refusal.value)
+    assert next(given) == (6 if number < 6 else 7)
 
 
 # --- the operators ----------------------------------------------------------------------------------------------------
@@ -407,6 +438,18 @@ def test_no_forward_mode(name: str) -> None:
     with fwAD.dual_level(), pytest.raises(RuntimeError, match="no forward-mode derivative"):
         tensors[name] = fwAD.make_dual(tensors[name], torch.ones_like(tensors[name]))
         whole.compute_block(tuple(tensors.values()), True, FusedOptions(2))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_no_forward_mode_of_a_gradient(which: int) -> None:
+    """A tangent on the gradient of the output or of the logits is refused, not dropped."""
+    x, _ = judge.data(70, MODEL, WIDE)
+    leaf = x.to(DEVICE).requires_grad_()
+    outputs = make_block()(leaf)
+    grads = [torch.ones_like(one) for one in outputs]
+    with fwAD.dual_level(), pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        grads[which] = fwAD.make_dual(grads[which], torch.ones_like(grads[which]))
+        torch.autograd.grad(outputs, leaf, grads)
 
 
 REFUSED = {

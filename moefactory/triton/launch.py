@@ -15,7 +15,8 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..machine import interpreting
+from ..config import MachineError
+from ..machine import NO_BFLOAT16, interpreting
 from .direct import Direct, current_stream, direct, hooked
 
 INTERPRETED_PROGRAMS = 3  # few, so that a persistent program walks several tiles on a CPU too
@@ -68,6 +69,8 @@ def launch(name: str, kernel: Any, grid: tuple[int, ...], *args: Any, **meta: An
     for names in _recorders:
         names.append(name)
     if not isinstance(kernel, JITFunction):  # interpreted
+        if any(isinstance(arg, Tensor) and arg.dtype == torch.bfloat16 for arg in args) and not bfloat16_is_rounded():
+            raise MachineError(NO_BFLOAT16)  # also where autocast or a new weight has brought it in
         kernel[grid](*args, **meta)
         return
     device = torch.cuda.current_device()
@@ -173,12 +176,13 @@ def refuse_misaligned(tensor: Tensor) -> None:
         )
 
 
-def aligned(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy where a view of somebody's memory starts at no multiple of 16 bytes.
+def laid_out(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy where it is not contiguous or starts at no multiple of 16 bytes, as a view of memory may.
 
     The warp-specialised kernels copy 16 bytes at a time also where they follow an index.
     """
-    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+    plain = tensor.data_ptr() % 16 == 0 and tensor.is_contiguous()
+    return tensor if plain else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def descriptor(tensor: Tensor, block: list[int]) -> TensorDescriptor:
@@ -201,10 +205,10 @@ def descriptor(tensor: Tensor, block: list[int]) -> TensorDescriptor:
 
 __all__ = [
     "accumulator",
-    "aligned",
     "cdiv",
     "descriptor",
     "interpreting",
+    "laid_out",
     "launch",
     "memory_bandwidth",
     "num_programs",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..routing import RoutingPlan, combine
-from .launch import aligned, on_device
+from .launch import laid_out, on_device
 from .library import call, define, differentiate, no_second_derivative, refuse_forward_mode
 from .options import FusedOptions, parse
 from .pipeline import Pipeline, empty_like_none
@@ -67,7 +67,7 @@ def _experts_forward(
     """`experts_forward`, with None for what is not asked for."""
     table = _table(tile_expert, tile_row, num_tiles)
     pipeline = Pipeline(offsets, gather, scatter, parse(options), gate_up_proj, down_proj, table, block_m)
-    x = aligned(x)
+    x = laid_out(x)
     with on_device(x.device):
         a, h = pipeline.up(x, save_h=save_h or trace)
         y = pipeline.down(a)
@@ -156,12 +156,26 @@ def experts_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of (x, routing_weights, gate_up_proj, down_proj); one that `needs` does not ask for is empty."""
     need_x, need_s, need_up, need_down = needs
-    table = _table(tile_expert, tile_row, num_tiles)
-    pipeline = Pipeline(offsets, gather, scatter, parse(options), gate_up_proj, down_proj, table, block_m)
+    o = parse(options)
+    dout, routing_weights = laid_out(dout), laid_out(routing_weights)
+    tokens = routing_weights.shape[0]
+    gate_up_proj, down_proj = gate_up_proj.contiguous(), down_proj.contiguous()
+    x = given_back("x", x, (tokens, dout.shape[1]), dout)
+    check_weights(x, gate_up_proj.shape[0], gate_up_proj, down_proj)
+    rows = tokens * o.top_k
+    h = given_back("h", h, 0 if o.saved == "x" else (rows, gate_up_proj.shape[1]), dout)
+    offsets = given_back("offsets", offsets, (gate_up_proj.shape[0] + 2,), dout, torch.int32)
+    gather, scatter = (
+        given_back(n, t, (rows,), dout, torch.int32) for n, t in (("gather", gather), ("scatter", scatter))
+    )
+    of_tiles = (
+        None if t is None else given_back("tile table", t, t.shape, dout, torch.int32)
+        for t in (tile_expert, tile_row, num_tiles)
+    )
+    pipeline = Pipeline(offsets, gather, scatter, o, gate_up_proj, down_proj, _table(*of_tiles), block_m)
     need_dh = need_x or need_s or need_up
-    x, dout, h = aligned(x), aligned(dout), aligned(h)
     with on_device(x.device):
-        if pipeline.options.saved == "x":
+        if o.saved == "x":
             h = pipeline.h_again(x)
         dh, ds, d_down = pipeline.d_down(dout, h, routing_weights, need_dh=need_dh, need_dw=need_down)
         dx = pipeline.dx_up(dh) if need_x and dh is not None else None  # before dW: their buffers take turns
@@ -196,10 +210,31 @@ def spend(ctx: Any) -> None:
     ctx.spent = saved == "h_reused"
 
 
+def given_back(name: str, tensor: Tensor, shape: Any, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """What autograd saved, contiguous and aligned: a saved-tensors hook may have handed out other memory.
+
+    Args:
+        name: what it is.
+        tensor: what was handed out.
+        shape: of what was saved.
+        like: a tensor on its device, and of its dtype where no `dtype` is given.
+
+    Raises:
+        ValueError: another shape, dtype or device than what was saved: the kernels could only read it wrongly.
+    """
+    wanted = (torch.Size((shape,) if isinstance(shape, int) else shape), dtype or like.dtype, like.device)
+    if (tensor.shape, tensor.dtype, tensor.device) != wanted:
+        came = f"got {tuple(tensor.shape)} {tensor.dtype} on {tensor.device} for the backward"
+        needed = f"{tuple(wanted[0])} {wanted[1]} on {wanted[2]}"
+        raise ValueError(f"{name}: {came}; needed: {needed}, as it was saved")
+    return laid_out(tensor)
+
+
 def _backward(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if dout is None:
         return (None,) * 14
     spend(ctx)
+    refuse_forward_mode(dout)
     needs = list(ctx.needs_input_grad[:4])
     grads = call(experts_backward, dout.contiguous(), *ctx.saved_tensors, ctx.block_m, ctx.options, needs)
     return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), *(None,) * 10)
@@ -252,6 +287,8 @@ def check_weights(
     x: Tensor, num_experts: int, gate_up_proj: Tensor, down_proj: Tensor, gate: Tensor | None = None
 ) -> None:
     """ValueError for weights that do not fit x [T,H]: the kernels could only answer with a wrong address."""
+    if gate_up_proj.ndim != 3:
+        raise ValueError(f"gate_up_proj: got shape {tuple(gate_up_proj.shape)}; needed: [E,2I,H]")
     (experts, width, _), columns = gate_up_proj.shape, x.shape[1]
     wanted = [
         ("gate_up_proj", gate_up_proj, (num_experts, width, columns)),

@@ -264,6 +264,7 @@ def _backward(ctx: Any, dweights: Tensor | None, *_: None) -> tuple[Tensor | Non
     constants = (None,) * ctx.constants
     if dweights is None:
         return None, *constants
+    refuse_forward_mode(dweights)
     saved, selected = ctx.saved_tensors
     dlogits = call(top_k_softmax_backward, dweights, saved, selected, ctx.num_experts, ctx.norm_topk_prob)
     return dlogits, *constants

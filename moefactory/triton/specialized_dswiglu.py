@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .launch import aligned, cdiv, launch, num_programs
+from .launch import cdiv, laid_out, launch, num_programs
 from .specialized import NEWS, claims, descriptor, make_news, phase, quarters_of, sigmoid, told
 from .specialized_rows import GROUP_M, halves_of, make_ring, pass_by, producer
 
@@ -353,7 +353,7 @@ def specialized_dX_dswiglu(
         name,
         _specialized_dX_dswiglu,
         (min(num_programs(dy.device, rows.sm_margin), rows.table.max_tiles * cdiv(k, config.block_k)),),
-        *(x_desc, w_desc, dy, aligned(h).view(torch.int32)),  # two numbers a word: see `_load_h`
+        *(x_desc, w_desc, dy, laid_out(h).view(torch.int32)),  # two numbers a word: see `_load_h`
         *(dh, scaled_a, ds, dh if routing_weights is None else routing_weights),
         *(*rows.arguments, experts, num_rows, n, k),
         DIVISOR=dy_divisor,

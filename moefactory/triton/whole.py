@@ -24,9 +24,9 @@ from torch import Tensor
 
 from . import few_tokens
 from .gate import gate_gradient
-from .launch import aligned, on_device
+from .launch import laid_out, on_device
 from .library import call, define, differentiate, no_second_derivative, refuse_forward_mode
-from .ops import check_weights, empty_gradients, refuse_compiled_reuse, spend
+from .ops import check_weights, empty_gradients, given_back, refuse_compiled_reuse, spend
 from .options import FusedOptions, parse
 from .pipeline import Pipeline, config_of, empty_like_none
 from .plan import BLOCK, BLOCK_ALONE, plan_and_table
@@ -87,7 +87,7 @@ def _block_forward(
     """`block_forward`, with None for an h that is not kept."""
     o = parse(options)
     check_weights(x, gate.shape[0], gate_up_proj, down_proj, gate)
-    x = aligned(x)
+    x = laid_out(x)
     logits = F.linear(x, gate)
     parts = _parts(x, gate, o, norm_topk_prob)
     memory = torch.empty(size_of(parts), dtype=torch.uint8, device=x.device)
@@ -156,9 +156,17 @@ def block_backward(
     """
     need_x, need_gate, need_up, need_down = needs
     o = parse(options)
-    weights, selected, exact, offsets, gather, scatter = views_of(aligned(routed), _parts(x, gate, o, norm_topk_prob))
+    dout, gate = laid_out(dout), gate.contiguous()
+    gate_up_proj, down_proj = gate_up_proj.contiguous(), down_proj.contiguous()
+    x = given_back("x", x, dout.shape, dout)
+    check_weights(x, gate.shape[0], gate_up_proj, down_proj, gate)
+    tokens, experts = x.shape[0], gate.shape[0]
+    h = given_back("h", h, 0 if o.saved == "x" else (tokens * o.top_k, gate_up_proj.shape[1]), dout)
+    logits = None if logits is None else given_back("logits", logits, (tokens, experts), dout)
+    listed = _parts(x, gate, o, norm_topk_prob)
+    memory = given_back("routed", routed, size_of(listed), dout, torch.uint8)
+    weights, selected, exact, offsets, gather, scatter = views_of(memory, listed)
     pipeline = Pipeline(offsets, gather, scatter, o, gate_up_proj, down_proj)
-    x, dout, h = aligned(x), aligned(dout), aligned(h)
     dx = d_gate = d_up = d_router = None
     with on_device(x.device):
         if o.saved == "x":
@@ -201,6 +209,7 @@ def _backward(ctx: Any, dout: Tensor | None, dlogits: Tensor | None, *_: None) -
         d_gate = dlogits.t() @ saved[0] if needs[1] else None
         return dx, d_gate, None, None, *constants
     spend(ctx)
+    refuse_forward_mode(*(tensor for tensor in (dout, dlogits) if tensor is not None))
     more = None if dlogits is None else dlogits.contiguous()
     grads = call(block_backward, dout.contiguous(), *saved, more, ctx.norm_topk_prob, ctx.options, needs)
     return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *constants
