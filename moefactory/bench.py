@@ -9,16 +9,17 @@ from typing import Any
 
 import torch
 
+from .bench_files import check_files
 from .bench_report import TEXTS, as_json, complain
 from .bench_rows import BenchReport, BenchRow, Settings
 from .bench_sweep import Sweep
-from .config import Backend, BackendConfig, ConfigError, MoeConfig, as_dict
+from .config import Backend, BackendConfig, MoeConfig, as_dict
 from .describe import require_here
 from .machine import interpreting
 from .measure import Timer, time_calls
 from .numerics.theirs import quiet_transformers
 from .peers import default_peers
-from .plot import check_plot, draw
+from .plot import draw
 from .progress import Tell, bar
 from .provenance import clocks, provenance
 from .refusals import one_line
@@ -67,11 +68,7 @@ def bench_verb(
 
     The status is ok; refused, if all rows without figures are illegal configurations; else failed.
     """
-    for key, path in (("out", out), ("plot", plot)):
-        if path is not None and (Path(path).is_dir() or not Path(path).parent.is_dir()):
-            raise ConfigError(f"{key}: got {path!r}; allowed: a file in a folder that exists")
-    if plot is not None:
-        check_plot(plot)
+    check_files(out, plot)
     with bar() as tell:
         report = run_bench(config, Settings(**settings), tell=tell)
     status, complaint = complain(report)

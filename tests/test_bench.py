@@ -485,6 +485,18 @@ def test_a_bad_setting_is_exit_code_2_before_anything_is_measured(
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize("out", ["b.png", "./b.png", "../{folder}/b.png", "link.json"])
+def test_out_and_plot_are_two_files(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, out: str) -> None:
+    """The same file by whatever name, there or not yet: the picture would take the place of the JSON."""
+    monkeypatch.setattr(bench_sweep.factory, "load_weights", lambda *_: pytest.fail("loaded weights"))
+    monkeypatch.chdir(tmp_path)
+    Path("link.json").symlink_to("b.png")
+    out = out.format(folder=tmp_path.name)
+    code, printed, err = run(f"out={out}", f"plot={tmp_path}/b.png")
+    said = f"plot: got '{tmp_path}/b.png', the same file as out='{out}'; allowed: another file, or null"
+    assert (code, printed, err) == (2, "", f"moefactory: {said}\n")
+
+
 def test_without_matplotlib_the_extra_is_named_before_anything_is_measured(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -252,7 +252,7 @@ LAYERS = (
     ("factory",),
     ("numerics", "peers", "describe"),
     ("check", "provenance", "bench_rows"),
-    ("bench_report", "bench_sweep"),
+    ("bench_report", "bench_sweep", "bench_files"),
     ("bench", "tune", "compose"),
     ("cli", "usage"),
     ("__main__",),
