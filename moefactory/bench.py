@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from .bench_files import check_files
-from .bench_report import TEXTS, as_json, complain
+from .bench_files import check_files, write_files
+from .bench_report import TEXTS, complain
 from .bench_rows import BenchReport, BenchRow, Settings
 from .bench_sweep import Sweep
 from .config import Backend, BackendConfig, MoeConfig, as_dict
@@ -19,10 +18,8 @@ from .machine import interpreting
 from .measure import Timer, time_calls
 from .numerics.theirs import quiet_transformers
 from .peers import default_peers
-from .plot import draw
 from .progress import Tell, bar
 from .provenance import clocks, provenance
-from .refusals import one_line
 
 
 def run_bench(
@@ -72,11 +69,7 @@ def bench_verb(
     with bar() as tell:
         report = run_bench(config, Settings(**settings), tell=tell)
     status, complaint = complain(report)
-    try:
-        if out is not None:
-            Path(out).write_text(as_json(report))
-        if plot is not None:
-            draw(report.plain()["rows"], plot, str(report.provenance["gpu"] or "CPU"))
-    except OSError as error:  # the figures were dear: they are printed all the same
-        status, complaint = "failed", f"{one_line(error)}; the figures are printed"
+    if unwritten := write_files(report, out, plot):
+        status = "failed"
+        complaint = "; ".join([*filter(None, [complaint]), *unwritten, "the figures are printed"])
     return TEXTS[format](report), status, complaint

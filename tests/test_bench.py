@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moefactory import bench_report, bench_sweep, measure, peers, plot, provenance
+from moefactory import bench_files, bench_report, bench_sweep, measure, peers, plot, provenance
 from moefactory.bench import run_bench
 from moefactory.bench_rows import BenchReport, BenchRow, Settings
 from moefactory.bench_sweep import PRESETS
@@ -445,13 +446,77 @@ def test_a_drawing_leaves_out_rows_without_a_share(tmp_path: Path) -> None:
     assert (tmp_path / "none.png").exists()
 
 
-def test_a_file_that_cannot_be_written_loses_no_figures(run: Run, tmp_path: Path) -> None:
-    place = tmp_path / "full"
+@pytest.mark.parametrize("key", ["out", "plot"])
+def test_a_file_that_cannot_be_written_loses_no_figures(run: Run, tmp_path: Path, key: str) -> None:
+    """A full disk shows when it is written to."""
+    place = tmp_path / "full.png"
     place.symlink_to("/dev/full")
-    code, out, err = run(f"out={place}", "peers=[]", "format=csv")
+    code, out, err = run(f"{key}={place}", "peers=[]", "format=csv")
+    assert (code, len(out.splitlines())) == (3, 3)
+    said = f"{key}: got '{place}', which could not be written: [Errno 28] No space left on device"
+    assert err == f"moefactory: {said}; the figures are printed\n"
+
+
+def test_everything_that_is_missing_is_said_in_one_line(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Rows without figures, a full disk, and a drawing that fails in matplotlib; what was measured is printed."""
+
+    def fail(*_: Any) -> None:
+        raise ValueError("no font")
+
+    monkeypatch.setattr(bench_files, "draw", fail)
+    files = "out=/dev/full", f"plot={tmp_path}/b.png"
+    code, out, err = run(*files, "backends=[torch,triton]", "moe.model.hidden_act=gelu", "peers=[]", "format=csv")
     assert code == 3
-    assert len(out.splitlines()) == 3
-    assert "the figures are printed" in err
+    assert [row["status"] for row in csv.DictReader(io.StringIO(out))] == ["ok"] * 2 + ["refused"] * 2
+    rows, full, drawing, printed = err.rsplit("; ", 3)
+    assert rows.startswith("moefactory: 2 of 4 rows have no figures")
+    assert full == "out: got '/dev/full', which could not be written: [Errno 28] No space left on device"
+    assert drawing == f"plot: got '{tmp_path}/b.png', which could not be written: no font"
+    assert printed == "the figures are printed\n"
+    assert "\n" not in rows
+
+
+@pytest.mark.parametrize("key", ["out", "plot"])
+@pytest.mark.parametrize("place", ["locked/b.png", "locked.png", "circle.png", f"{'long' * 100}.png"])
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_measured(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, key: str, place: str
+) -> None:
+    """A new file in a locked folder, a locked file, a link to itself, a name that no file system takes."""
+    monkeypatch.setattr(bench_sweep.factory, "load_weights", lambda *_: pytest.fail("loaded weights"))
+    monkeypatch.chdir(tmp_path)
+    Path("locked").mkdir(mode=0o555)
+    Path("locked.png").write_text("before")
+    Path("locked.png").chmod(0o444)
+    Path("circle.png").symlink_to("circle.png")
+    if os.geteuid() == 0:  # root may write anywhere: what others are told stands in
+        monkeypatch.setattr(os, "access", lambda path, mode: bool(os.stat(path).st_mode & 0o200))
+    code, out, err = run(f"{key}={place}")
+    said = f"{key}: got '{place}', which cannot be written; allowed: a file that can be, or null"
+    assert (code, out, err) == (2, "", f"moefactory: {said}\n")
+
+
+def test_looking_at_a_place_leaves_no_trace(tmp_path: Path) -> None:
+    """A file that is there keeps what is in it and when it was written, one that is not there is not made."""
+    there = tmp_path / "b.json"
+    there.write_text("before")
+    os.utime(there, (1, 1))
+    bench_files.check_files(str(there), str(tmp_path / "b.png"))
+    assert [p.name for p in tmp_path.iterdir()] == ["b.json"]
+    assert (there.read_text(), there.stat().st_mtime) == ("before", 1)
+
+
+@pytest.mark.skipif(not Path("/dev/fd").exists(), reason="no /dev/fd here")
+def test_a_pipe_can_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`out=/dev/stdout | jq` and `out=>(gzip)`: the link leads to a name that does not exist, its folder is locked."""
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path).startswith("/dev/fd/"))
+    reader, writer = os.pipe()
+    try:
+        bench_files.check_files(f"/dev/fd/{writer}", None)
+    finally:
+        os.close(reader)
+        os.close(writer)
 
 
 @pytest.mark.parametrize(
