@@ -69,7 +69,12 @@ def bench_verb(
     with bar() as tell:
         report = run_bench(config, Settings(**settings), tell=tell)
     status, complaint = complain(report)
-    if unwritten := write_files(report, out, plot):
+    lost, kept = write_files(report, out, plot)
+    if lost or (kept and status == "ok"):
         status = "failed"
-        complaint = "; ".join([*filter(None, [complaint]), *unwritten, "the figures are printed"])
-    return TEXTS[format](report), status, complaint
+    said = [complaint] if complaint else []
+    if lost:
+        said += [*lost, "the figures are printed"]
+    if kept:
+        said.append(f"nothing to put into {', '.join(kept)}: left as before")
+    return TEXTS[format](report), status, "; ".join(said)

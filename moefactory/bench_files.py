@@ -39,12 +39,22 @@ def _check_place(key: str, path: str) -> None:
         raise ConfigError(f"{key}: got {path!r}, which cannot be written; allowed: a file that can be, or null")
 
 
-def write_files(report: BenchReport, out: str | None, plot: str | None) -> list[str]:
-    """Write both, where asked for; a line for each that could not be: the figures were dear, nothing is raised."""
+def write_files(report: BenchReport, out: str | None, plot: str | None) -> tuple[list[str], list[str]]:
+    """Write both, where asked for; nothing is raised, since the figures were dear.
+
+    Returns:
+        What is to be said of files that could not be written, and the files that were left as they are: with nothing
+        to put into it, no file of an earlier run is overwritten.
+    """
+    measured = any(row.p50_ms is not None for row in report.rows)
+    drawn = any(row.share is not None for row in report.rows)
     title = str(report.provenance["gpu"] or "CPU")
-    lost = []
-    for key, path in (("out", out), ("plot", plot)):
+    lost, kept = [], []
+    for key, path, found in (("out", out, measured), ("plot", plot, drawn)):
         if path is None:
+            continue
+        if not found and os.path.exists(path):
+            kept.append(f"{key}={path!r}")
             continue
         try:
             if key == "out":
@@ -53,4 +63,4 @@ def write_files(report: BenchReport, out: str | None, plot: str | None) -> list[
                 draw(report.plain()["rows"], path, title)
         except Exception as error:  # a full disk, or whatever matplotlib raises
             lost.append(f"{key}: got {path!r}, which could not be written: {one_line(error)}")
-    return lost
+    return lost, kept

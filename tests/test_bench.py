@@ -478,6 +478,81 @@ def test_everything_that_is_missing_is_said_in_one_line(
     assert "\n" not in rows
 
 
+def earlier_results(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """b.json and b.png of an earlier run, in the working directory."""
+    monkeypatch.chdir(folder)
+    files = folder / "b.json", folder / "b.png"
+    for file in files:
+        file.write_text("before")
+    return files
+
+
+def interrupt_row(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in the measurement of that row, counted from 0."""
+    right, calls = bench_sweep.in_turns, iter(range(100))
+
+    def in_turns(*args: Any) -> Any:
+        if next(calls) == number:
+            raise KeyboardInterrupt
+        return right(*args)
+
+    monkeypatch.setattr(bench_sweep, "in_turns", in_turns)
+
+
+KEPT = "nothing to put into out='b.json', plot='b.png': left as before\n"
+
+
+def test_an_interrupt_before_the_first_figure_leaves_files_as_they_are(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    files = earlier_results(tmp_path, monkeypatch)
+    interrupt_row(0, monkeypatch)
+    code, out, err = run("out=b.json", "plot=b.png", "peers=[]", "format=csv")
+    assert (code, out) == (3, f"{HEADER}\n")
+    assert err == f"moefactory: interrupted: the 0 rows until then are printed; {KEPT}"
+    assert [file.read_text() for file in files] == ["before", "before"]
+
+
+def test_an_interrupt_after_the_first_figure_writes_the_files(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    json_file, picture = earlier_results(tmp_path, monkeypatch)
+    interrupt_row(1, monkeypatch)
+    code, _, err = run("out=b.json", "plot=b.png", "peers=[]")
+    assert (code, err) == (3, "moefactory: interrupted: the 1 rows until then are printed\n")
+    written = json.loads(json_file.read_text())
+    assert (written["status"], [row["measure"] for row in written["rows"]]) == ("incomplete", ["forward"])
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_rows_that_all_failed_leave_files_as_they_are(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """An illegal configuration: exit code 2, as without files. A file that was not there is made: it says why."""
+    files = earlier_results(tmp_path, monkeypatch)
+    words = "plot=b.png", "peers=[]", "backends=[triton]", "moe.model.hidden_act=gelu"
+    code, out, err = run("out=b.json", *words, "format=csv")
+    assert (code, len(out.splitlines())) == (2, 3)
+    assert err.startswith("moefactory: 2 of 2 rows have no figures")
+    assert err.endswith(f"; {KEPT}")
+    assert err.count("\n") == 1
+    assert [file.read_text() for file in files] == ["before", "before"]
+    assert run("out=new.json", *words)[0] == 2
+    assert [row["status"] for row in json.loads(Path("new.json").read_text())["rows"]] == ["refused"] * 2
+
+
+def test_figures_without_a_share_leave_the_picture_as_it_is(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """There is nothing to draw, and the picture that was asked for is missing: exit code 3."""
+    json_file, picture = earlier_results(tmp_path, monkeypatch)
+    monkeypatch.setattr(bench_sweep, "dense_ms", lambda *_: {})
+    code, _, err = run("out=b.json", "plot=b.png", "peers=[]")
+    assert (code, err) == (3, "moefactory: nothing to put into plot='b.png': left as before\n")
+    assert json.loads(json_file.read_text())["status"] == "ok"
+    assert picture.read_text() == "before"
+
+
 @pytest.mark.parametrize("key", ["out", "plot"])
 @pytest.mark.parametrize("place", ["locked/b.png", "locked.png", "circle.png", f"{'long' * 100}.png"])
 def test_a_place_that_cannot_be_written_is_refused_before_anything_is_measured(
