@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from .bench_files import check_files, write_files
 from .bench_report import TEXTS, complain
 from .bench_rows import BenchReport, BenchRow, Settings
 from .bench_sweep import Sweep
-from .config import Backend, BackendConfig, MoeConfig, as_dict
+from .config import Backend, BackendConfig, ConfigError, MoeConfig, as_dict, model_preset
 from .describe import require_here
 from .machine import interpreting
 from .measure import Timer, time_calls
@@ -34,9 +35,11 @@ def run_bench(
         tell: called before each runner with what goes on, how many are done, and of how many.
 
     Raises:
-        ConfigError, MachineError: a device that does not exist, or is not there.
+        ConfigError, MachineError: a model beside another one in `settings`, a device that does not exist or is not
+            there.
     """
     settings = settings or Settings()
+    _check_models(config, settings.models or ())
     require_here(replace(config, backend=BackendConfig(Backend.torch)))
     device = torch.device(config.device or "cpu")
     peers = default_peers(device) if settings.peers is None else settings.peers
@@ -55,7 +58,30 @@ def run_bench(
     notes = sweep.notes
     if interpreting() and "triton" in backends:
         notes.append("Triton's interpreter ran the kernels: their times mean nothing")
-    return BenchReport(settings, as_dict(config), known, tuple(rows), tuple(notes), stopped)
+    ran = _common([as_dict(one) for one in sweep.ran or [config]])
+    return BenchReport(settings, ran, known, tuple(rows), tuple(notes), stopped)
+
+
+def _check_models(config: MoeConfig, models: Sequence[str]) -> None:
+    """ConfigError for a size that the configuration states and a model of the sweep has not: one would be dropped."""
+    for name in models:
+        preset = model_preset(name)
+        for key, stated in asdict(config.model).items():
+            if stated is not None and stated != (brought := getattr(preset, key)):
+                came = f"model.{key}: got {stated!r}, but models names {name}, which has {brought!r}"
+                raise ConfigError(f"{came}; allowed: the same value, or models=null")
+
+
+def _common(configs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What all configurations say; None where they differ, as models and backends of a sweep do."""
+    common = dict[str, Any]()
+    for key, value in configs[0].items():
+        values = [one[key] for one in configs]
+        if isinstance(value, dict):
+            common[key] = _common(values)
+        else:
+            common[key] = value if all(other == value for other in values) else None
+    return common
 
 
 def bench_verb(

@@ -13,7 +13,7 @@ from .config import ConfigError, MachineError, WeightsError
 from .peers import UnavailableError
 from .refusals import one_line, prefixed
 
-SCHEMA = 1  # of the JSON; raise it when the meaning of a field changes
+SCHEMA = 2  # of the JSON; raise it when the meaning of a field changes
 NOT_HERE = str(MachineError(""))  # how the refusal of a legal configuration begins
 Lost = tuple[str, str]  # (status, reason) in place of figures
 
@@ -77,7 +77,11 @@ class Settings:
 
 @dataclass(frozen=True)
 class BenchReport:
-    """The rows, and where they come from; those that were there when Ctrl-C came, if it did."""
+    """The rows, and where they come from; those that were there when Ctrl-C came, if it did.
+
+    `config` is that of our blocks as they ran, sizes and dtype filled in, and None where they differ: there each row
+    names its model and backend. Where no block could be made it is the one that was asked for.
+    """
 
     settings: Settings
     config: dict[str, Any]

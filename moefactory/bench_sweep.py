@@ -57,6 +57,7 @@ class Sweep:
     timer: Timer
     tell: Tell | None = None
     notes: list[str] = field(default_factory=list)
+    ran: list[MoeConfig] = field(default_factory=list)  # the configurations of our blocks that were made
 
     def __post_init__(self) -> None:
         s = self.settings
@@ -94,7 +95,8 @@ class Sweep:
         up, down = weights.gate_up_proj.detach(), weights.down_proj.detach()
         weights = BlockWeights(weights.model, nn.Parameter(gate), nn.Parameter(up), nn.Parameter(down))
         dtype = DType(str(gate.dtype).removeprefix("torch."))
-        return replace(config, dtype=dtype, device=str(gate.device)), weights
+        sizes = ModelConfig(**asdict(weights.model))
+        return replace(config, model=sizes, dtype=dtype, device=str(gate.device)), weights
 
     def _at(self, name: str, tokens: int, made: Any, lost: Lost | None) -> Iterator[BenchRow]:
         """The rows of one model and token count."""
@@ -139,7 +141,11 @@ class Sweep:
         made: Any = None
         if case and lost is None:
             config, weights = case.config, case.weights
+            if row.runs not in PEERS:
+                config = replace(config, backend=BackendConfig(Backend(row.runs)))
             made, lost = self._attempt(lambda: _make(row.runs, config, weights, row.tokens))
+            if made and row.runs not in PEERS:
+                self.ran.append(config)
         for measure in ["forward", "step", *(["graph"] if self.settings.graph and row.runs not in PEERS else [])]:
             blank, why = replace(row, measure=measure), lost
             if case and made:
@@ -179,7 +185,6 @@ def _make(runner: str, config: MoeConfig, weights: BlockWeights, tokens: int) ->
     """(the module, where its kernel configs are from). Whatever keeps it from being there is raised."""
     if runner in PEERS:
         return PEERS[runner](weights), ""
-    config = replace(config, backend=BackendConfig(Backend(runner)))
     check_rules(make_case(config, weights.model, config.dtype))
     require_here(config)
     block = factory.make_block(config, weights)

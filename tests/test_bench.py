@@ -8,7 +8,7 @@ import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from moefactory.bench_rows import BenchReport, BenchRow, Settings
 from moefactory.bench_sweep import PRESETS
 from moefactory.cli import main
 from moefactory.compose import OPTIONS
-from moefactory.config import Backend, BackendConfig, ConfigError, DType, ModelConfig, MoeConfig, model_preset
+from moefactory.config import Backend, BackendConfig, ConfigError, DType, ModelConfig, MoeConfig, as_dict, model_preset
 from moefactory.factory import build
 from moefactory.measure import Step, Times, chosen, inputs, products, steered_gate, time_calls
 from moefactory.weights import to_hf_block
@@ -251,6 +251,40 @@ def test_the_sweep_has_a_row_for_each_model_token_count_runner_and_measure() -> 
     assert {(row.model, row.status, row.dtype, row.device) for row in report.rows} == {("tiny", "ok", "float32", "cpu")}
 
 
+@pytest.mark.parametrize("stated", [ModelConfig(), ModelConfig(top_k=2), ModelConfig(**asdict(TINY))])
+def test_a_stated_model_may_be_the_one_that_is_named(stated: ModelConfig) -> None:
+    """Nothing, one size, or all sizes of tiny beside models=[tiny]: the report has the sizes that ran."""
+    report = bench(MoeConfig(model=stated), models=("tiny",))
+    assert {row.status for row in report.rows} == {"ok"}
+    assert report.config["model"] == asdict(TINY)
+
+
+def test_the_config_of_a_report_is_the_one_that_ran() -> None:
+    """Sizes beside a stated one are tiny's, source, dtype and device of the weights are filled in."""
+    config = bench(MoeConfig(model=ModelConfig(top_k=3), dX_only=True)).config
+    assert config["model"] == {**asdict(TINY), "top_k": 3}
+    assert (config["backend"], config["weights"]["source"]) == ({"name": "torch"}, "random")
+    assert (config["dtype"], config["device"], config["dX_only"]) == ("float32", "cpu", True)
+    assert config["kernels"] == as_dict(MoeConfig())["kernels"]
+
+
+@pytest.mark.interpreter
+def test_the_backend_of_a_report_is_the_one_that_ran() -> None:
+    """`backends` goes before the configuration's own; of two there is none to name, the rows do."""
+    assert bench(tokens=(4,), backends=("triton",)).config["backend"] == {"name": "triton"}
+    assert bench(tokens=(4,), backends=("torch", "triton")).config["backend"] == {"name": None}
+
+
+def test_a_report_of_two_models_states_what_they_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A preset that is tiny but for its hidden size stands in for the 30B model."""
+    wide = replace(TINY, hidden_size=128)
+    for module in ("bench", "bench_sweep"):
+        monkeypatch.setattr(f"moefactory.{module}.model_preset", lambda name: TINY if name == "tiny" else wide)
+    report = bench(MoeConfig(model=ModelConfig(top_k=2)), models=("tiny", "qwen3_30b_a3b"))
+    assert [(row.model, row.status) for row in report.rows] == [("tiny", "ok")] * 2 + [("qwen3_30b_a3b", "ok")] * 2
+    assert report.config["model"] == {**asdict(TINY), "hidden_size": None}
+
+
 @pytest.mark.interpreter
 def test_the_flags_of_the_configuration_are_those_of_the_rows() -> None:
     config = MoeConfig(backend=BackendConfig(Backend.triton), permute_x=False, fuse_combine=False)
@@ -386,7 +420,7 @@ def test_the_command_runs_on_a_cpu_and_prints_json_alone(run: Run) -> None:
     found = json.loads(out)
     assert (code, err) == (0, "")
     assert set(found) == {"schema", "status", "settings", "config", "provenance", "rows", "notes", "interrupted"}
-    assert (found["schema"], found["status"]) == (1, "ok")
+    assert (found["schema"], found["status"]) == (2, "ok")
     assert found["settings"]["peers"] == ["hf_eager"]
     known = found["provenance"]
     assert {"date", "commit", "packages", "gpu", "clocks", "threads"} <= set(known)
@@ -612,13 +646,17 @@ def test_a_pipe_can_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
         ("ms=0", "ms:", "1 to 60000"),
         ("format=xml", "format:", "csv"),
         ("moe.device=gpu", "moe.device:", "cuda"),
+        ("models=[tiny] moe.model.top_k=3", "moe.model.top_k: got 3,", "names tiny, which has 2; allowed: the same"),
+        ("models=[tiny] moe.model.norm_topk_prob=false", "moe.model.norm_topk_prob: got False,", "which has True"),
+        ("models=[tiny] moe/model=qwen3_30b_a3b", "moe.model.hidden_size: got 2048,", "which has 64"),
+        ("models=[qwen3_30b_a3b,tiny] moe.model.top_k=8", "moe.model.top_k: got 8,", "or models=null"),
     ],
 )
 def test_a_bad_setting_is_exit_code_2_before_anything_is_measured(
     run: Run, monkeypatch: pytest.MonkeyPatch, words: str, key: str, more: str
 ) -> None:
     monkeypatch.setattr(bench_sweep.factory, "load_weights", lambda *_: pytest.fail("loaded weights"))
-    code, out, err = run(words)
+    code, out, err = run(*words.split())
     assert (code, out) == (2, "")
     assert err.startswith(f"moefactory: {key}")
     assert more in err
