@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 def _computed(block: Qwen3MoeFusedGroupedGEMMBlock) -> torch.dtype:
     """The dtype of a step now: autocast's, or the weights'."""
     kind, stored = block.gate.device.type, block.gate.dtype
+    if kind == "meta":  # `show` has weights without memory; torch knows of no autocast there
+        return stored
     lowered = torch.is_autocast_enabled(kind) and stored != torch.float64
     return torch.get_autocast_dtype(kind) if lowered else stored
 

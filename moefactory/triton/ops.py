@@ -6,6 +6,7 @@ depends on T, K and the weights only, never on the routing, so recomputation and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -163,7 +164,8 @@ def experts_backward(
     x = given_back("x", x, (tokens, dout.shape[1]), dout)
     check_weights(x, gate_up_proj.shape[0], gate_up_proj, down_proj)
     rows = tokens * o.top_k
-    h = given_back("h", h, 0 if o.saved == "x" else (rows, gate_up_proj.shape[1]), dout)
+    if o.saved != "x":
+        h = given_back("h", h, (rows, gate_up_proj.shape[1]), dout)
     offsets = given_back("offsets", offsets, (gate_up_proj.shape[0] + 2,), dout, torch.int32)
     gather, scatter = (
         given_back(n, t, (rows,), dout, torch.int32) for n, t in (("gather", gather), ("scatter", scatter))
@@ -210,7 +212,9 @@ def spend(ctx: Any) -> None:
     ctx.spent = saved == "h_reused"
 
 
-def given_back(name: str, tensor: Tensor, shape: Any, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def given_back(
+    name: str, tensor: Tensor, shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None
+) -> Tensor:
     """What autograd saved, contiguous and aligned: a saved-tensors hook may have handed out other memory.
 
     Args:
@@ -222,7 +226,7 @@ def given_back(name: str, tensor: Tensor, shape: Any, like: Tensor, dtype: torch
     Raises:
         ValueError: another shape, dtype or device than what was saved: the kernels could only read it wrongly.
     """
-    wanted = (torch.Size((shape,) if isinstance(shape, int) else shape), dtype or like.dtype, like.device)
+    wanted = torch.Size(shape), dtype or like.dtype, like.device
     if (tensor.shape, tensor.dtype, tensor.device) != wanted:
         came = f"got {tuple(tensor.shape)} {tensor.dtype} on {tensor.device} for the backward"
         needed = f"{tuple(wanted[0])} {wanted[1]} on {wanted[2]}"

@@ -161,10 +161,11 @@ def block_backward(
     x = given_back("x", x, dout.shape, dout)
     check_weights(x, gate.shape[0], gate_up_proj, down_proj, gate)
     tokens, experts = x.shape[0], gate.shape[0]
-    h = given_back("h", h, 0 if o.saved == "x" else (tokens * o.top_k, gate_up_proj.shape[1]), dout)
+    if o.saved != "x":
+        h = given_back("h", h, (tokens * o.top_k, gate_up_proj.shape[1]), dout)
     logits = None if logits is None else given_back("logits", logits, (tokens, experts), dout)
     listed = _parts(x, gate, o, norm_topk_prob)
-    memory = given_back("routed", routed, size_of(listed), dout, torch.uint8)
+    memory = given_back("routed", routed, (size_of(listed),), dout, torch.uint8)
     weights, selected, exact, offsets, gather, scatter = views_of(memory, listed)
     pipeline = Pipeline(offsets, gather, scatter, o, gate_up_proj, down_proj)
     dx = d_gate = d_up = d_router = None
