@@ -65,8 +65,11 @@ def _run(verb: str, words: Sequence[str]) -> int:
 def _show(request: Any) -> tuple[str, int]:
     from . import report
     from .describe import describe_config
+    from .refusals import prefixed_rule
 
     facts = describe_config(request.config, request.options["tokens"])
+    for rule in facts["broken_rules"]:
+        rule.update({name: prefixed_rule(rule["id"], rule[name]) for name in ("found", "repair")})
     text = report.as_json(facts) if request.options["format"] == "json" else report.show(facts)
     for rule in facts["broken_rules"]:
         _fail(f"{rule['id']}: {rule['found']}; {rule['repair']}", BAD_CONFIG)

@@ -7,6 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 from .config import ConfigError, MoeConfig, field_paths, from_mapping, nearest
+from .rules import RULES
 
 
 def diagnose(key: str, value: Any, loader: Any) -> None:
@@ -55,7 +56,14 @@ def _diagnose_group(group: str, value: Any, loader: Any) -> None:
 
 
 def prefixed(message: str) -> str:
-    """A message about a key of the block, such as ``model.top_k: ...``, with the key as the command line has it."""
+    """A message about a key of the block, such as ``model.top_k: ...``, with the key as the command line has it.
+
+    That of a broken rule begins with the rule's id, and its keys stand anywhere behind it. A rule's id may be a key
+    too, as ``saved`` is; the message about a key says what it got.
+    """
+    for rule in RULES:
+        if message.startswith(f"{rule.id}: ") and not message.startswith(f"{rule.id}: got "):
+            return f"{rule.id}: {prefixed_rule(rule.id, message.removeprefix(f'{rule.id}: '))}"
     names = "|".join(f.name for f in fields(MoeConfig))
     message = re.sub(rf"^({names})(?=[.:= ])", r"moe.\1", message)
     message = re.sub(r"^(layer|path)(?==)", r"moe.weights.\1", message)
@@ -63,6 +71,12 @@ def prefixed(message: str) -> str:
     # What from_mapping says about a key that the schema lacks, or that begins with '_'.
     unknown = re.match(r"[\w.]+(?=: (?:no such key|keys that begin))", message)
     return f"moe.{message}" if unknown and not message.startswith("moe.") else message
+
+
+def prefixed_rule(rule_id: str, text: str) -> str:
+    """What a rule found, or its repair, with the keys that the rule reads as the command line has them."""
+    keys = next(rule.keys for rule in RULES if rule.id == rule_id)
+    return re.sub(rf"(?<![\w./'])({'|'.join(map(re.escape, keys))})(?!\w)", r"moe.\1", text)
 
 
 def unknown_key(key: str, allowed: list[str]) -> ConfigError:

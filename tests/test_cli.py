@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,9 +23,10 @@ from hydra.core.global_hydra import GlobalHydra
 
 import moefactory.check
 from moefactory.cli import VERBS, main
-from moefactory.config import ModelConfig, resolve_model
-from moefactory.matrix import rows
+from moefactory.config import ModelConfig, field_paths, resolve_model
+from moefactory.matrix import config_from, rows
 from moefactory.numerics.demo import CHECKED, DENSE, demo_checkpoint
+from moefactory.rules import RULES, Rule, make_case
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -94,7 +96,10 @@ REFUSALS = [
     (("~moe",), "moe:", ("moe=qwen3",)),
     (("moe.model.top_k=9",), "top-k:", ("num_experts=8",)),
     (("moe.dW_only=true", "moe.dX_only=true"), "dW_only-dX_only:", ("set at most one",)),
-    (("moe.weights.layer=2",), "unread-weights:", ("moe/weights=checkpoint",)),
+    (("moe.weights.layer=2",), "unread-weights:", ("moe.weights.layer stated", "moe/weights=checkpoint")),
+    (("moe/backend=triton", "moe/kernels=small"), "autotune-kernels: moe.autotune=true", ("moe.autotune=false",)),
+    (("moe.saved=x",), "saved: moe.saved=x with", ("set moe.saved=h;",)),
+    (("moe.saved=y",), "moe.saved:", ("'y'", "h, h_reused, x")),
     (("moe.model.hidden_act=sillu",), "moe.model.hidden_act:", ("did you mean 'silu'?",)),
     (("moe/weights=live",), "moe.weights.source:", ("no block was given",)),
     (("moe/model=qwen3_235b_a22b",), "moe.weights.source:", ("GiB", "moe/weights=random")),
@@ -285,6 +290,22 @@ def test_show_of_an_illegal_config_names_the_rule(run: Run) -> None:
     assert facts["legal"] is False
     assert [rule["id"] for rule in facts["broken_rules"]] == ["dW_only-dX_only"]
     assert err.startswith("moefactory: dW_only-dX_only:")
+
+
+@pytest.mark.parametrize("rule", RULES, ids=[rule.id for rule in RULES])
+def test_a_rule_names_the_keys_as_they_are_typed(run: Run, rule: Rule) -> None:
+    """Whatever a rule says can be typed: no key of the schema stands there without ``moe.``, as it does in Python."""
+    words = [f"moe.{key}={str(value).lower()}" for key, value in rule.example.items()]
+    code, out, err = run("show", *words, "format=json")
+    facts = json.loads(out)["broken_rules"][0]
+    said = f"{facts['found']}; {facts['repair']}"
+    assert (code, facts["id"]) == (2, rule.id)
+    assert err == f"moefactory: {rule.id}: {said}\n"
+    assert said in " ".join(run("show", *words)[1].split())
+    keys = [key for key in field_paths() if key not in {"backend", "model", "weights", "kernels"}]  # words as well
+    assert re.findall(rf"(?<![\w./])(?:{'|'.join(map(re.escape, keys))})(?!\w)", said) == []
+    in_python = rule.broken(make_case(config_from(words)))
+    assert said.replace("moe.", "") == f"{in_python}; {rule.repair}"
 
 
 def test_show_says_why_it_does_not_run_here(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
