@@ -7,13 +7,15 @@ resolver (``${oc.env:...}``): what it resolves to would end up in an error messa
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+import shlex
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from .config import ConfigError, MoeConfig, from_mapping, nearest
-from .refusals import diagnose, one_line, prefixed, unknown_key
+from .config import ConfigError, MoeConfig, field_paths, from_mapping, nearest, shorten
+from .refusals import check_interpolation, diagnose, one_line, prefixed, unknown_key
 
 _RESOLVER = re.compile(r"\$\{.*:", re.DOTALL)
 _NODE_KEYS = {"_target_": "moefactory.factory.from_nodes", "_recursive_": False}  # of the schema, for instantiate
@@ -115,17 +117,20 @@ def compose(verb: str, overrides: Sequence[str]) -> Request:
     Raises:
         ConfigError: anything that cannot be: one line with the key, what came, what is allowed, the nearest name.
     """
-    parsed = [_parse(text) for text in overrides]
+    # With hydra.searchpath there may be groups and options that the loader does not know of.
+    own_files = any(text.lstrip("+").startswith("hydra.searchpath") for text in overrides)
     with _hydra() as loader:
         from hydra import compose as hydra_compose
 
+        judge = partial(_diagnose, verb, loader, own_files)
+        parsed = [_parse(text, judge) for text in overrides]
         try:
             nodes = _plain(hydra_compose(f"moefactory_{verb}", overrides=list(overrides)))
         except Exception as error:
             # Hydra's own words are for an application that runs under hydra.main: they advise +key for a typo.
-            own_files = any(p.key_or_group == "hydra.searchpath" for p in parsed)
             for override in parsed:
-                _diagnose(verb, override, loader, own_files)
+                if not override.is_delete():
+                    judge(override.key_or_group, override.value())
             raise ConfigError(one_line(error)) from error
     _check_root(verb, nodes)
     options = {name: _checked(name, option, nodes.get(name)) for name, option in OPTIONS[verb].items()}
@@ -152,32 +157,65 @@ def _hydra() -> Iterator[Any]:
         GlobalHydra.instance().hydra = former  # by now another instance: Hydra restores a copy
 
 
-def _parse(text: str) -> Any:
-    """One override as Hydra reads it. ConfigError for what a command line of ours does not take."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
+def _parse(text: str, judge: Callable[[str, Any], None]) -> Any:
+    """One override as Hydra reads it. ConfigError for what a command line of ours does not take.
 
-    key = text.split("=", 1)[0].lstrip("+~")
+    `judge` raises it for a key or a value that cannot be.
+    """
+    typed, _, value = text.partition("=")
+    key = typed.lstrip("+~")
     if text.startswith("-"):
         raise ConfigError(f"{key}: no such flag; allowed: --help; settings are written key=value")
     if _RESOLVER.search(text):
         raise ConfigError(f"{key}: resolvers such as ${{oc.env:NAME}} are not accepted; write the value itself")
-    try:
-        override = OverridesParser.create().parse_overrides([text])[0]
-    except HydraException as error:
-        reasons = [
-            line for line in str(error).splitlines() if not line.startswith(("Error parsing", "Error when", "See "))
-        ]
-        came = f"{text!r} is no override: {' '.join(reasons[:1])}"
-        raise ConfigError(f"{came}; allowed: key=value or group=option") from None
-    key = override.key_or_group
-    if key.split(".")[0].split("/")[0] == "hydra" and key != "hydra.searchpath":
+    if re.match(r"hydra[./=]", text.lstrip("+~")) and key != "hydra.searchpath":
         raise ConfigError(f"{key}: Hydra's own settings do nothing here; allowed: hydra.searchpath")
+    override = _read(text)
+    if override is None or not override.key_or_group:
+        raise _unreadable(text, key, value, judge)
+    key = override.key_or_group
     if override.is_sweep_override():
-        raise ConfigError(
-            f"{key}: got several values; allowed: one, or [a,b] (moefactory runs one configuration at a time)"
-        )
+        several = f"{key}: got several values; allowed: one (moefactory runs one configuration at a time)"
+        more = f"; a list is [a,b], and text with a comma needs quotes, {_quoted(key, value)}"
+        raise ConfigError(several if key == "moe" or "/" in key else several + more)
     return override
+
+
+def _read(text: str) -> Any:
+    """An override as Hydra reads it, or None where it cannot."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        return OverridesParser.create().parse_overrides([text])[0]
+    except HydraException:
+        return None
+
+
+def _unreadable(text: str, key: str, value: str, judge: Callable[[str, Any], None]) -> ConfigError:
+    """What to say of an override that Hydra cannot read: where its key is good, mostly that the value needs quotes.
+
+    Hydra reads letters, digits and some signs without quotes, but not a ``~``, an accent, a bracket or a ``=``.
+    """
+    no_override = ConfigError(f"{shorten(text)} is no override; allowed: key=value or group=option")
+    if not key or "=" not in text or _read(f"{key}=0") is None:
+        return no_override
+    if key == "hydra.searchpath":
+        return ConfigError(f"{key}: got {shorten(value)}; allowed: a list such as \"{key}=['file:///home/me/conf']\"")
+    judge(key, value)  # where no text is allowed, quotes would not help
+    if "/" in key:  # a group of the user's own files
+        return no_override
+    quoted = _quoted(key, value.strip(value[0]) if value[0] in "'\"" else value)  # quotes of its own do not match
+    return ConfigError(f"{key}: got {shorten(value)}, which needs quotes; allowed: {quoted} (as typed in a shell)")
+
+
+def _quoted(key: str, text: str) -> str:
+    """How to type ``key=text`` in a shell where Hydra needs quotes around the text."""
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    override = f"{key}={QuotedString(text if len(text) < 200 else '...', Quote.single).with_quotes()}"
+    special = re.search(r'["$`!]|\\\\', override)  # to a shell, within double quotes
+    return shlex.quote(override) if special else f'"{override}"'
 
 
 def _plain(config: Any) -> dict[str, Any]:
@@ -232,21 +270,21 @@ def _moe_config(nodes: dict[str, Any]) -> MoeConfig:
         raise ConfigError(prefixed(str(error))) from None
 
 
-def _diagnose(verb: str, override: Any, loader: Any, own_files: bool) -> None:
-    """Raise the ConfigError that says what is wrong with this override, if something is.
-
-    With `own_files` (hydra.searchpath) there may be groups and options that `loader` does not know of.
-    """
-    key = override.key_or_group
-    if key == "hydra.searchpath" or override.is_delete():
+def _diagnose(verb: str, loader: Any, own_files: bool, key: str, value: Any) -> None:
+    """Raise the ConfigError that says what is wrong with a key and its value, if something is."""
+    if key == "hydra.searchpath":
         return
     is_group = key == "moe" or "/" in key
     if is_group and own_files:
         return
-    head = key if is_group and verb in WITHOUT_BLOCK else key.split(".")[0].split("/")[0]
+    head = key if is_group and verb in WITHOUT_BLOCK else re.split(r"[./]", key, maxsplit=1)[0]
     if head not in _root_keys(verb) or head not in {"moe", key}:
         raise unknown_key(key, _root_keys(verb))
+    if "${" in str(value) and not is_group:
+        check_interpolation(key, value)
+        if head != "moe" or key.removeprefix("moe.") in field_paths():
+            return  # what it brings is seen when all is composed
     if head != "moe":
-        _checked(head, OPTIONS[verb][head], override.value())
+        _checked(head, OPTIONS[verb][head], value)
     else:
-        diagnose(key, override.value(), loader)
+        diagnose(key, value, loader)

@@ -6,7 +6,10 @@ import re
 from dataclasses import fields
 from typing import Any
 
-from .config import ConfigError, MoeConfig, field_paths, from_mapping, nearest
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from .config import ConfigError, MoeConfig, field_paths, from_mapping, nearest, shorten
 from .rules import RULES
 
 
@@ -25,13 +28,21 @@ def diagnose(key: str, value: Any, loader: Any) -> None:
     nodes = value
     for part in reversed(below):
         nodes = {part: nodes}
-    if "${" in str(value) or not isinstance(nodes, dict):
+    if not isinstance(nodes, dict):
         return
     try:
         from_mapping(nodes)
     except ConfigError as error:
         hint = _group_hint(below[0], value, loader) if len(below) == 1 else ""
         raise ConfigError(prefixed(str(error)) + hint) from None
+
+
+def check_interpolation(key: str, value: Any) -> None:
+    """Raise ConfigError for an interpolation that cannot be read."""
+    try:
+        OmegaConf.create([value])
+    except OmegaConfBaseException:
+        raise ConfigError(f"{key}: got {shorten(value)}, which cannot be read; allowed: ${{KEY}}, or a value") from None
 
 
 def _group_hint(name: str, value: Any, loader: Any) -> str:

@@ -22,6 +22,7 @@ from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 
 import moefactory.check
+import moefactory.compose
 from moefactory.cli import VERBS, main
 from moefactory.config import ModelConfig, field_paths, resolve_model
 from moefactory.matrix import config_from, rows
@@ -92,7 +93,19 @@ REFUSALS = [
     (("moe.permute_x=true,false",), "moe.permute_x:", ("one configuration at a time",)),
     (("hydra.run.dir=x",), "hydra.run.dir:", ("hydra.searchpath",)),
     (("--multirun",), "--multirun:", ("--help",)),
-    (("nonsense",), "'nonsense'", ("key=value",)),
+    (("nonsense",), "'nonsense' is no override; allowed: key=value or group=option", ()),
+    ((" ",), "' ' is no override; allowed: key=value or group=option", ()),
+    (("=3",), "'=3' is no override;", ()),
+    (("moe..permute_x=false",), "'moe..permute_x=false' is no override;", ()),
+    (("cache=~/x",), "cache: got '~/x', which needs quotes; allowed:", ("\"cache='~/x'\"",)),
+    (("moe.permute_x=~",), "moe.permute_x: got '~'; allowed: true or false", ()),
+    (("moe/model=~",), "moe/model: got '~'; allowed: auto", ()),
+    (("moe.model.topk=~",), "moe.model.topk: no such key; allowed here: hidden_size", ()),
+    (("tokens=[16",), "tokens: got '[16'; allowed: an integer", ()),
+    (("cache='~/x",), "cache:", ("allowed: \"cache='~/x'\"",)),
+    (("hydra.run.dir=~/x",), "hydra.run.dir:", ("hydra.searchpath",)),
+    (("hydra.searchpath=~/x",), "hydra.searchpath: got '~/x'; allowed: a list", ()),
+    (("moe/model=tiny,auto",), "moe/model: got several values; allowed: one (", ()),
     (("~moe",), "moe:", ("moe=qwen3",)),
     (("moe.model.top_k=9",), "top-k:", ("num_experts=8",)),
     (("moe.dW_only=true", "moe.dX_only=true"), "dW_only-dX_only:", ("set at most one",)),
@@ -120,6 +133,22 @@ def test_a_bad_config_ends_in_one_line_and_exit_code_2(
     assert err.count("\n") == 1
     for text in more:
         assert text in err
+
+
+@pytest.mark.parametrize(
+    "path", ["~/x", "/tmp/modèle", "/tmp/a(b", "/tmp/a=b", "/tmp/[a", "a,b", "/tmp/it's é", '~/$HOME "a"', "~/`a`\\\\"]
+)
+def test_a_value_that_needs_quotes_says_how_to_type_them(run: Run, path: str) -> None:
+    """What the line shows is given to a shell as it stands, and what the shell passes on is the path."""
+    code, out, err = run("show", f"moe.weights.path={path}")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("moefactory: moe.weights.path: got ")
+    shown = re.search(r"""["']moe\.weights\.path=.*["']""", err)
+    assert shown is not None
+    typed = subprocess.run(["sh", "-c", f"printf %s {shown[0]}"], capture_output=True, text=True, check=True).stdout
+    request = moefactory.compose.compose("show", [typed])
+    assert request.config is not None
+    assert request.config.weights.path == path
 
 
 @pytest.mark.parametrize("key", ["moe.device", "moe/backend", "moe.permute_x", "+moe.extra", "tokens", "format"])
