@@ -51,6 +51,10 @@ def _run(verb: str, words: Sequence[str]) -> int:
     from .config import ConfigError, MachineError, WeightsError
     from .refusals import prefixed
 
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return _fail("the working directory was deleted; change to a folder that exists", FAILED)
     request = compose(verb, words)
     action: Callable[[Any], tuple[str, int]] = globals()[f"_{verb}"]
     try:

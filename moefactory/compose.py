@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from .config import ConfigError, MoeConfig, field_paths, from_mapping, nearest, shorten
-from .refusals import check_interpolation, diagnose, one_line, prefixed, unknown_key
+from .config import ConfigError, MoeConfig, allowed_values, brief, field_paths, from_mapping, nearest, shorten
+from .refusals import came, check_interpolation, diagnose, one_line, prefixed, unknown_key
 
 _RESOLVER = re.compile(r"\$\{.*:", re.DOTALL)
 _NODE_KEYS = {"_target_": "moefactory.factory.from_nodes", "_recursive_": False}  # of the schema, for instantiate
@@ -125,12 +125,12 @@ def compose(verb: str, overrides: Sequence[str]) -> Request:
         judge = partial(_diagnose, verb, loader, own_files)
         parsed = [_parse(text, judge) for text in overrides]
         try:
-            nodes = _plain(hydra_compose(f"moefactory_{verb}", overrides=list(overrides)))
+            nodes = _plain(verb, hydra_compose(f"moefactory_{verb}", overrides=list(overrides)))
         except Exception as error:
             # Hydra's own words are for an application that runs under hydra.main: they advise +key for a typo.
             for override in parsed:
-                if not override.is_delete():
-                    judge(override.key_or_group, override.value())
+                judge(override.key_or_group, override.value())
+                _refuse_adding(override, own_files)
             raise ConfigError(one_line(error)) from error
     _check_root(verb, nodes)
     options = {name: _checked(name, option, nodes.get(name)) for name, option in OPTIONS[verb].items()}
@@ -170,6 +170,11 @@ def _parse(text: str, judge: Callable[[str, Any], None]) -> Any:
         raise ConfigError(f"{key}: resolvers such as ${{oc.env:NAME}} are not accepted; write the value itself")
     if re.match(r"hydra[./=]", text.lstrip("+~")) and key != "hydra.searchpath":
         raise ConfigError(f"{key}: Hydra's own settings do nothing here; allowed: hydra.searchpath")
+    if text.startswith("~"):
+        raise ConfigError(f"{key}: this command line deletes nothing; allowed: key=value, or group=option (moe=qwen3)")
+    if "@" in key[1:] and value:
+        group = key.partition("@")[0]
+        raise ConfigError(f"{key}: this command line moves no group to another place; allowed: {group}={brief(value)}")
     override = _read(text)
     if override is None or not override.key_or_group:
         raise _unreadable(text, key, value, judge)
@@ -179,6 +184,14 @@ def _parse(text: str, judge: Callable[[str, Any], None]) -> Any:
         more = f"; a list is [a,b], and text with a comma needs quotes, {_quoted(key, value)}"
         raise ConfigError(several if key == "moe" or "/" in key else several + more)
     return override
+
+
+def _refuse_adding(override: Any, own_files: bool) -> None:
+    """Raise ConfigError for a ``+`` before what is there: of ours all is, the user's own files may bring groups."""
+    group = "/" in override.key_or_group or override.key_or_group == "moe"
+    if (override.is_add() or (override.is_force_add() and group)) and not (group and own_files):
+        typed = brief(override.input_line.lstrip("+"))
+        raise ConfigError(f"{override.key_or_group}: this command line adds nothing; allowed: {typed}, without a plus")
 
 
 def _read(text: str) -> Any:
@@ -218,13 +231,23 @@ def _quoted(key: str, text: str) -> str:
     return shlex.quote(override) if special else f'"{override}"'
 
 
-def _plain(config: Any) -> dict[str, Any]:
+def _plain(verb: str, config: Any) -> dict[str, Any]:
     """The composed config as plain containers, interpolations resolved, resolvers refused."""
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
-    for path, value in _leaves(OmegaConf.to_container(config, resolve=False), ""):
-        if isinstance(value, str) and _RESOLVER.search(value):
+    leaves = _leaves(OmegaConf.to_container(config, resolve=False), "")
+    brought = [(path, value) for path, value in leaves if isinstance(value, str) and "${" in value]
+    for path, value in brought:
+        if _RESOLVER.search(value):
             raise ConfigError(f"{path}: resolvers such as ${{oc.env:NAME}} are not accepted; write the value itself")
+    for path, value in brought:  # now none of them leads to a resolver
+        try:
+            OmegaConf.select(config, path)
+        except (OmegaConfBaseException, RecursionError):
+            own = OPTIONS[verb].get(path.split(".", maxsplit=1)[0])
+            allowed = f"; allowed: {own.allowed}" if own else allowed_values(path.removeprefix("moe."))
+            raise ConfigError(f"{path}: got {shorten(value)}, which brings no such value{allowed}") from None
     plain = OmegaConf.to_container(config, resolve=True)
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
@@ -247,7 +270,7 @@ def _check_root(verb: str, nodes: dict[str, Any]) -> None:
         if key not in allowed:
             raise unknown_key(key, allowed)
     if "moe" in allowed and not isinstance(nodes.get("moe"), dict):
-        raise ConfigError(f"moe: got {nodes.get('moe')!r}; allowed: a preset such as moe=qwen3")
+        raise ConfigError(f"moe: got {came(nodes.get('moe'))}; allowed: a preset such as moe=qwen3")
 
 
 def _checked(name: str, option: Option, value: Any) -> Any:
@@ -255,7 +278,7 @@ def _checked(name: str, option: Option, value: Any) -> Any:
     if not option.fits(value):
         unfit = [v for v in values if not option.fits_one(v)]
         hint = nearest(str(unfit[0]), list(option.choices)) if option.choices and unfit else ""
-        raise ConfigError(f"{name}: got {value!r}; allowed: {option.allowed}{hint}")
+        raise ConfigError(f"{name}: got {came(value)}; allowed: {option.allowed}{hint}")
     return values if option.many and value is not None else value
 
 

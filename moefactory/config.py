@@ -429,9 +429,13 @@ def shorten(value: Any) -> str:
     if isinstance(value, int) and value.bit_length() > 64:
         return f"an integer of {value.bit_length()} bits"
     if isinstance(value, str | int | float | Enum | None):
-        text = repr(value[:80]) if isinstance(value, str) else str(value)
-        return text if len(text) <= 60 else f"{text[:57]}..."
+        return brief(repr(value[:80]) if isinstance(value, str) else str(value))
     return f"a {type(value).__name__}"
+
+
+def brief(text: str) -> str:
+    """At most 60 characters of a text, for one line of an error message."""
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _came(value: Any, path: str, hidden: set[str]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from .config import ConfigError, MoeConfig, field_paths, from_mapping, nearest, shorten
+from .config import ConfigError, MoeConfig, allowed_values, brief, field_paths, from_mapping, nearest, shorten
 from .rules import RULES
 
 
@@ -30,11 +30,13 @@ def diagnose(key: str, value: Any, loader: Any) -> None:
         nodes = {part: nodes}
     if not isinstance(nodes, dict):
         return
+    allowed = allowed_values(".".join(below))
+    if not isinstance(value, dict) and "a mapping" in allowed:  # in Python a node of the kernels may be None or a pair
+        raise ConfigError(f"{key}: got {came(value)}{allowed}{_group_hint('.'.join(below), value, loader)}")
     try:
         from_mapping(nodes)
     except ConfigError as error:
-        hint = _group_hint(below[0], value, loader) if len(below) == 1 else ""
-        raise ConfigError(prefixed(str(error)) + hint) from None
+        raise ConfigError(prefixed(str(error))) from None
 
 
 def check_interpolation(key: str, value: Any) -> None:
@@ -63,7 +65,14 @@ def _diagnose_group(group: str, value: Any, loader: Any) -> None:
     options = loader.get_group_options(group)
     if not isinstance(value, str) or value not in options:
         hint = nearest(str(value), options)
-        raise ConfigError(f"{group}: got {value!r}; allowed: {', '.join(options)}{hint}")
+        raise ConfigError(f"{group}: got {came(value)}; allowed: {', '.join(options)}{hint}")
+
+
+def came(value: Any) -> str:
+    """A value as the command line has it, in short."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    return brief(str(value)) if isinstance(value, list) else shorten(value)
 
 
 def prefixed(message: str) -> str:

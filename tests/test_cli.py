@@ -106,7 +106,27 @@ REFUSALS = [
     (("hydra.run.dir=~/x",), "hydra.run.dir:", ("hydra.searchpath",)),
     (("hydra.searchpath=~/x",), "hydra.searchpath: got '~/x'; allowed: a list", ()),
     (("moe/model=tiny,auto",), "moe/model: got several values; allowed: one (", ()),
-    (("~moe",), "moe:", ("moe=qwen3",)),
+    (("~moe",), "moe: this command line deletes nothing; allowed: key=value, or group=option", ("moe=qwen3",)),
+    (("~moe.permute_x",), "moe.permute_x: this command line deletes nothing;", ()),
+    (("~moe/backend",), "moe/backend: this command line deletes nothing;", ()),
+    (("+moe.permute_x=false",), "moe.permute_x: this command line adds nothing; allowed: moe.permute_x=false", ()),
+    (("+tokens=3",), "tokens: this command line adds nothing; allowed: tokens=3", ()),
+    (("+moe=qwen3",), "moe: this command line adds nothing; allowed: moe=qwen3", ()),
+    (("++moe/backend=torch",), "moe/backend: this command line adds nothing; allowed: moe/backend=torch", ()),
+    (("++moe.permute_x=false", "moe.topk=2"), "moe.topk: no such key", ()),
+    (("moe@foo=qwen3",), "moe@foo: this command line moves no group to another place; allowed: moe=qwen3", ()),
+    (("moe/model@moe.model=tiny",), "moe/model@moe.model: this command line moves no group", ("moe/model=tiny",)),
+    (("moe/model@moe.model:foo=tiny",), "moe/model@moe.model:foo: this command line moves no group", ()),
+    (("moe.device=${nope}",), "moe.device: got '${nope}', which brings no such value; allowed: a string, or null", ()),
+    (("moe.device=${moe.model}",), "moe.device: got '${moe.model}', which brings no such value;", ()),
+    (("moe.device=${moe.device}",), "moe.device: got '${moe.device}', which brings no such value;", ()),
+    (("moe.device=${nope",), "moe.device: got '${nope', which cannot be read;", ()),
+    (("tokens=${nope}",), "tokens: got '${nope}', which brings no such value; allowed: an integer from 1", ()),
+    (("moe.nope=${moe.dtype}",), "moe.nope: no such key", ()),
+    (("tokens=${moe.model.top_k}", "moe.nope=1"), "moe.nope: no such key", ()),
+    (("moe/backend=triton", "moe.kernels.fwd=null"), "moe.kernels.fwd: got null; allowed: a mapping with block_m", ()),
+    (("moe.kernels.fwd=[a,b]",), "moe.kernels.fwd: got ['a', 'b']; allowed: a mapping with block_m", ()),
+    (("moe=null",), "moe: got null; allowed: qwen3", ()),
     (("moe.model.top_k=9",), "top-k:", ("num_experts=8",)),
     (("moe.dW_only=true", "moe.dX_only=true"), "dW_only-dX_only:", ("set at most one",)),
     (("moe.weights.layer=2",), "unread-weights:", ("moe.weights.layer stated", "moe/weights=checkpoint")),
@@ -462,6 +482,18 @@ def test_check_in_a_process_leaves_nothing_behind_and_prints_json_alone(tmp_path
     assert list(here.iterdir()) == []
     assert [p.name for p in (cache / "moefactory").iterdir()] == ["demo"]
     assert spawn("check", "moe.nope=1", cwd=here, env=environment).returncode == 2
+
+
+def test_a_deleted_working_directory_is_one_line_and_exit_code_3(tmp_path: Path) -> None:
+    """Hydra asks for it; whoever is in it is told to leave."""
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    script = 'cd "$1" && rmdir "$1" && exec "$2" -P -m moefactory show'
+    words = ["sh", "-c", script, "sh", str(gone), sys.executable]
+    environment = {**os.environ, "PYTHONPATH": str(Path(moefactory.__file__).parent.parent)}
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
+    assert (done.returncode, done.stdout) == (3, "")
+    assert done.stderr == "moefactory: the working directory was deleted; change to a folder that exists\n"
 
 
 def test_the_console_script_is_the_same_program() -> None:
