@@ -20,6 +20,11 @@ VERBS = ("show", "build", "check", "tune", "bench", "matrix", "doctor")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line, ``sys.argv[1:]`` unless given, and return its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
+    return _guarded(lambda: _dispatch(words))
+
+
+def _dispatch(words: list[str]) -> int:
+    """Help and version, or the verb's own work."""
     verb = words[0] if words else "--help"
     if verb in {"-h", "--help", "help"}:
         from .usage import overview
@@ -35,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .usage import verb_help
 
         return _write(verb_help(verb), OK)
-    return _guarded(lambda: _run(verb, words[1:]))
+    return _run(verb, words[1:])
 
 
 def _nearest_verb(verb: str) -> str:

@@ -509,6 +509,16 @@ def test_a_closed_stdout_changes_no_exit_code() -> None:
     assert subprocess.run([sys.executable, "-c", code.replace("nope=1", "trace=true")], check=False).returncode == 0
 
 
+@pytest.mark.parametrize("words", ["--help", "--version", "help show", "check --help", "show", "matrix format=csv"])
+def test_a_full_stdout_is_one_line_and_exit_code_3(words: str) -> None:
+    """`moefactory --help > /dev/full`: whatever could not be written is an error of the machine, and no mismatch."""
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "moefactory", *words.split()]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 3
+    assert re.fullmatch(r"moefactory: OSError: .*No space left on device.*\n", done.stderr)
+
+
 def test_a_reader_that_goes_early_causes_no_traceback() -> None:
     """`moefactory show | head -0`: the pipe is closed before the first byte is written."""
     read, write = os.pipe()
