@@ -20,13 +20,15 @@ VERBS = ("show", "build", "check", "tune", "bench", "matrix", "doctor")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line, ``sys.argv[1:]`` unless given, and return its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["help"]:  # `help show` is `show --help`
+        words = [*words[1:2], "--help"]
     return _guarded(lambda: _dispatch(words))
 
 
 def _dispatch(words: list[str]) -> int:
     """Help and version, or the verb's own work."""
     verb = words[0] if words else "--help"
-    if verb in {"-h", "--help", "help"}:
+    if verb in {"-h", "--help"}:
         from .usage import overview
 
         return _write(overview(), OK)
@@ -35,7 +37,9 @@ def _dispatch(words: list[str]) -> int:
 
         return _write(f"moefactory {__version__}\n", OK)
     if verb not in VERBS:
-        return _fail(f"{verb}: no such command; allowed: {', '.join(VERBS)}{_nearest_verb(verb)}", BAD_CONFIG)
+        from .config import brief
+
+        return _fail(f"{brief(verb)}: no such command; allowed: {', '.join(VERBS)}{_nearest_verb(verb)}", BAD_CONFIG)
     if {"-h", "--help"} & set(words[1:]):
         from .usage import verb_help
 
@@ -45,8 +49,10 @@ def _dispatch(words: list[str]) -> int:
 
 def _nearest_verb(verb: str) -> str:
     if "=" in verb:
-        return f" (the command comes first: moefactory check {verb})"
-    close = difflib.get_close_matches(verb, VERBS, n=1)
+        from .config import brief
+
+        return f" (the command comes first: moefactory check {brief(verb)})"
+    close = difflib.get_close_matches(verb[:80], VERBS, n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 

@@ -20,6 +20,7 @@ from .refusals import came, check_interpolation, diagnose, one_line, prefixed, u
 _RESOLVER = re.compile(r"\$\{.*:", re.DOTALL)
 _NODE_KEYS = {"_target_": "moefactory.factory.from_nodes", "_recursive_": False}  # of the schema, for instantiate
 MAX_TOKENS = 2**20
+MAX_KEY = 200  # characters; the longest key of the schema has 35
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,12 @@ def _parse(text: str, judge: Callable[[str, Any], None]) -> Any:
     typed, _, value = text.partition("=")
     key = typed.lstrip("+~")
     if text.startswith("-"):
-        raise ConfigError(f"{key}: no such flag; allowed: --help; settings are written key=value")
+        raise ConfigError(
+            f"{brief(key)}: no such flag; allowed: --help; settings are written key=value, `moefactory show` prints "
+            "what would run, and sweeps belong in an application of your own"
+        )
+    if len(key) > MAX_KEY:
+        raise ConfigError(f"{brief(key)}: no such key; allowed: at most {MAX_KEY} characters, see --help")
     if _RESOLVER.search(text):
         raise ConfigError(f"{key}: resolvers such as ${{oc.env:NAME}} are not accepted; write the value itself")
     if re.match(r"hydra[./=]", text.lstrip("+~")) and key != "hydra.searchpath":

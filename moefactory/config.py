@@ -230,6 +230,7 @@ PASSES: dict[str, type[KernelConfig]] = {
 }
 GEMMS = ("up", "down")
 MAX_TEXT = 4096  # characters of a value; a path is shorter
+MAX_INTEGER = 2**63 - 1  # torch counts in 64 bits
 
 
 @dataclass(frozen=True)
@@ -417,10 +418,11 @@ def _scalar(value: Any, schema: Any, path: str, hidden: set[str]) -> Any:
     """The value of a leaf, or ConfigError where OmegaConf would be too generous: containers, long texts, 2 as true."""
     number_for_bool = schema._metadata.ref_type is bool and not isinstance(value, bool | str | None)
     too_long = isinstance(value, str) and len(value) > MAX_TEXT
-    huge = isinstance(value, int) and value.bit_length() > 64
+    huge = isinstance(value, int) and abs(value) > MAX_INTEGER
     empty = value == "" and schema._metadata.ref_type is str
     if number_for_bool or too_long or huge or empty or not isinstance(value, bool | int | float | str | Enum | None):
-        raise ConfigError(f"{path}: got {_came(value, path, hidden)}{allowed_values(path)}")
+        largest = f"; the largest is {MAX_INTEGER}" if huge and schema._metadata.ref_type is int else ""
+        raise ConfigError(f"{path}: got {_came(value, path, hidden)}{allowed_values(path)}{largest}")
     return value
 
 
@@ -445,13 +447,14 @@ def _came(value: Any, path: str, hidden: set[str]) -> str:
 
 def _unknown_key(path: str, key: str, allowed: list[str]) -> str:
     """The message for a key that the schema lacks."""
+    shown = brief(repr(path[:80])[1:-1])
     if key.startswith("_"):
-        return f"{shorten(path)[1:-1]}: keys that begin with '_' are not accepted; choose backend and weights by name"
+        return f"{shown}: keys that begin with '_' are not accepted; choose backend and weights by name"
     if "." in key and key in field_paths():
         hint = f" (nest it: {key.replace('.', ': {')}: ...{'}' * key.count('.')})"
     else:
         hint = nearest(key[:80], allowed) or nearest(path[:80], field_paths()) or _same_field(key[:80])
-    return f"{shorten(path)[1:-1]}: no such key; allowed here: {', '.join(allowed)}{hint}"
+    return f"{shown}: no such key; allowed here: {', '.join(allowed)}{hint}"
 
 
 def _same_field(name: str) -> str:

@@ -59,7 +59,7 @@ def _diagnose_group(group: str, value: Any, loader: Any) -> None:
     groups = ["moe", *(f"moe/{name}" for name in loader.list_groups("moe"))]
     if group not in groups:
         path = group.replace("/", ".").removeprefix("moe.")
-        text = str(value).lower() if isinstance(value, bool) else value
+        text = brief(str(value).lower() if isinstance(value, bool) else str(value))
         hint = f" (did you mean moe.{path}={text}?)" if path in field_paths() else nearest(group, groups)
         raise ConfigError(f"{group}: no such group; allowed: {', '.join(groups)}{hint}")
     options = loader.get_group_options(group)

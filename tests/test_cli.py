@@ -92,7 +92,10 @@ REFUSALS = [
     (("moe.device=gpu",), "moe.device:", ("'gpu'", "cuda")),
     (("moe.permute_x=true,false",), "moe.permute_x:", ("one configuration at a time",)),
     (("hydra.run.dir=x",), "hydra.run.dir:", ("hydra.searchpath",)),
-    (("--multirun",), "--multirun:", ("--help",)),
+    (("--multirun",), "--multirun: no such flag; allowed: --help;", ("`moefactory show` prints what would run",)),
+    (("-cn", "mine"), "-cn: no such flag; allowed: --help;", ("sweeps belong in an application of your own",)),
+    (("moe.model.top_k=99999999999999999999",), "moe.model.top_k: got an integer of 67 bits;",
+     ("allowed: an integer, or null; the largest is 9223372036854775807",)),
     (("nonsense",), "'nonsense' is no override; allowed: key=value or group=option", ()),
     ((" ",), "' ' is no override; allowed: key=value or group=option", ()),
     (("=3",), "'=3' is no override;", ()),
@@ -153,6 +156,33 @@ def test_a_bad_config_ends_in_one_line_and_exit_code_2(
     assert err.count("\n") == 1
     for text in more:
         assert text in err
+
+
+LONG = "x" * 100_000
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        LONG, f"-{LONG}", f"{LONG}=1", f"{LONG}=1,2", f"{LONG}=~", f"moe.{LONG}=1", f"+moe.{LONG}=1", f"moe/{LONG}=1",
+        f"moe@{LONG}=1", f"~{LONG}", f"hydra.{LONG}=1", f"{LONG}=${{oc.env:HOME}}", f"moe={LONG}", f"moe@a={LONG}",
+        f"moe/backend={LONG}", f"moe/permute_x={LONG}", f"+moe/backend={LONG}", f"moe.permute_x={LONG}",
+        f"tokens={LONG}", f"tokens=[{LONG}]", f"moe.device={LONG},a", f"moe.device=~{LONG}", f"moe.device=${{{LONG}}}",
+        f"format={LONG}",
+    ],
+    ids=lambda word: word.replace(LONG, "LONG"),
+)  # fmt: skip
+def test_what_came_is_cut_to_a_line(run: Run, word: str) -> None:
+    code, out, err = run("show", word)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert len(err) < 600
+
+
+def test_a_long_command_is_cut_to_a_line(run: Run) -> None:
+    for word in (LONG, f"{LONG}=1"):
+        code, _, err = run(word)
+        assert code == 2
+        assert len(err) < 300
 
 
 @pytest.mark.parametrize(
@@ -289,6 +319,14 @@ def test_the_help_of_a_verb_lists_settings_groups_and_keys(run: Run) -> None:
         assert text in out
     for verb in VERBS:
         assert run(verb, "--help")[1].startswith(f"usage: moefactory {verb}")
+
+
+def test_help_of_a_verb_is_the_verbs_help(run: Run) -> None:
+    for verb in VERBS:
+        assert run("help", verb) == run(verb, "--help")
+    code, out, err = run("help", "chekc")
+    assert (code, out) == (2, "")
+    assert "did you mean 'check'?" in err
 
 
 @pytest.mark.parametrize(("word", "hint"), [("chekc", "did you mean 'check'?"), ("moe.trace=true", "moefactory check")])

@@ -111,7 +111,11 @@ def test_underscore_keys(key: str, place: tuple[str, ...], made: Any) -> None:
         ("model.top_k", float("nan"), "model.top_k: got nan; allowed: an integer, or null"),
         ("model.top_k", "four", "model.top_k: got 'four'; allowed: an integer, or null"),
         ("model.top_k", {"a": 1}, "model.top_k: got a dict; allowed: an integer, or null"),
-        ("model.top_k", 10**30, "model.top_k: got an integer of 100 bits; allowed: an integer, or null"),
+        ("model.top_k", 10**30, "model.top_k: got an integer of 100 bits; allowed: an integer, or null; the largest is "
+         "9223372036854775807"),
+        ("weights.seed", 2**63, "weights.seed: got 9223372036854775808; allowed: an integer; the largest is "
+         "9223372036854775807"),
+        ("device", 10**30, "device: got an integer of 100 bits; allowed: a string, or null"),
         ("weights.seed", None, "weights.seed: got None; allowed: an integer"),
         ("device", ["cpu"], "device: got a list; allowed: a string, or null"),
         ("device", b"cpu", "device: got a bytes; allowed: a string, or null"),
