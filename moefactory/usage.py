@@ -78,10 +78,12 @@ def _groups() -> str:
 
 
 def _keys() -> str:
-    """The keys of the schema with what is allowed and their defaults; the kernels' in one line."""
+    """The keys of the schema with what is allowed and their defaults; of the kernels' the names, shared ones once."""
+    from dataclasses import fields
+
     from omegaconf import OmegaConf
 
-    from .config import MoeConfig, allowed_values, field_paths
+    from .config import GEMMS, PASSES, KernelTiles, MoeConfig, allowed_values, field_paths
 
     schema: Any = OmegaConf.structured(MoeConfig)
     lines = ["keys of the block, with their defaults (null: the weights' source decides):"]
@@ -92,10 +94,11 @@ def _keys() -> str:
             default = default.lower() if isinstance(node, bool) else default
             allowed = allowed_values(path).removeprefix("; allowed: ")
             lines.append(f"  {f'moe.{path}={default}':<40}{allowed}")
-    tiles = [path.removeprefix("kernels.fwd.") for path in field_paths() if path.count(".") == 2 and ".fwd." in path]
-    names = ", ".join(name for name in tiles if name not in {"up", "down"})
+    shared = [f.name for f in fields(KernelTiles)]
     lines += [
-        "  moe.kernels.{fwd,bwd_dX,bwd_dW}[.up|.down].KEY  with moe.autotune=false; KEY is one of",
-        f"    {names}",
+        f"  moe.kernels.PASS[.{'|.'.join(GEMMS)}].KEY  with moe.autotune=false; KEY is, of all passes or of one",
+        f"    {'all':<8}{', '.join(shared)}",
     ]
+    for name, kernel in PASSES.items():
+        lines.append(f"    {name:<8}{', '.join(f.name for f in fields(kernel) if f.name not in shared)}")
     return "\n".join(lines)

@@ -321,6 +321,22 @@ def test_the_help_of_a_verb_lists_settings_groups_and_keys(run: Run) -> None:
         assert run(verb, "--help")[1].startswith(f"usage: moefactory {verb}")
 
 
+@pytest.mark.parametrize("verb", ["tune", "bench"])
+def test_the_help_of_a_verb_lists_the_keys_of_each_kernel_config(run: Run, verb: str) -> None:
+    """Some keys are every pass's, some are of one: of bwd_dX, say, use_tma_load_dy and no use_tma_load_x."""
+    lines = run(verb, "--help")[1].splitlines()
+    first = next(n for n, line in enumerate(lines) if line.startswith("  moe.kernels.PASS[.up|.down].KEY "))
+    shared = lines[first + 1].removeprefix("    all     ").split(", ")
+    for line in lines[first + 2 : first + 5]:
+        name, own = line.split(maxsplit=1)
+        assert not {*shared} & {*own.split(", ")}
+        listed = {f"kernels.{name}{gemm}.{key}" for key in [*shared, *own.split(", ")] for gemm in ("", ".up", ".down")}
+        gemms = {f"kernels.{name}.up", f"kernels.{name}.down"}
+        assert listed == {path for path in field_paths() if path.startswith(f"kernels.{name}.")} - gemms
+    assert [line.split()[0] for line in lines[first + 2 : first + 5]] == ["fwd", "bwd_dX", "bwd_dW"]
+    assert lines[first + 5] == ""
+
+
 def test_help_of_a_verb_is_the_verbs_help(run: Run) -> None:
     for verb in VERBS:
         assert run("help", verb) == run(verb, "--help")
