@@ -7,20 +7,18 @@ resolver (``${oc.env:...}``): what it resolves to would end up in an error messa
 from __future__ import annotations
 
 import re
-import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from .config import ConfigError, MoeConfig, allowed_values, brief, field_paths, from_mapping, nearest, shorten
+from .config import ConfigError, MoeConfig, allowed_values, field_paths, from_mapping, nearest, shorten
+from .overrides import RESOLVER, parse, refuse_adding
 from .refusals import came, check_interpolation, diagnose, one_line, prefixed, unknown_key
 
-_RESOLVER = re.compile(r"\$\{.*:", re.DOTALL)
 _NODE_KEYS = {"_target_": "moefactory.factory.from_nodes", "_recursive_": False}  # of the schema, for instantiate
 MAX_TOKENS = 2**20
-MAX_KEY = 200  # characters; the longest key of the schema has 35
 
 
 @dataclass(frozen=True)
@@ -124,14 +122,14 @@ def compose(verb: str, overrides: Sequence[str]) -> Request:
         from hydra import compose as hydra_compose
 
         judge = partial(_diagnose, verb, loader, own_files)
-        parsed = [_parse(text, judge) for text in overrides]
+        parsed = [parse(text, judge) for text in overrides]
         try:
             nodes = _plain(verb, hydra_compose(f"moefactory_{verb}", overrides=list(overrides)))
         except Exception as error:
             # Hydra's own words are for an application that runs under hydra.main: they advise +key for a typo.
             for override in parsed:
                 judge(override.key_or_group, override.value())
-                _refuse_adding(override, own_files)
+                refuse_adding(override, own_files)
             raise ConfigError(one_line(error)) from error
     _check_root(verb, nodes)
     options = {name: _checked(name, option, nodes.get(name)) for name, option in OPTIONS[verb].items()}
@@ -158,85 +156,6 @@ def _hydra() -> Iterator[Any]:
         GlobalHydra.instance().hydra = former  # by now another instance: Hydra restores a copy
 
 
-def _parse(text: str, judge: Callable[[str, Any], None]) -> Any:
-    """One override as Hydra reads it. ConfigError for what a command line of ours does not take.
-
-    `judge` raises it for a key or a value that cannot be.
-    """
-    typed, _, value = text.partition("=")
-    key = typed.lstrip("+~")
-    if text.startswith("-"):
-        raise ConfigError(
-            f"{brief(key)}: no such flag; allowed: --help; settings are written key=value, `moefactory show` prints "
-            "what would run, and sweeps belong in an application of your own"
-        )
-    if len(key) > MAX_KEY:
-        raise ConfigError(f"{brief(key)}: no such key; allowed: at most {MAX_KEY} characters, see --help")
-    if _RESOLVER.search(text):
-        raise ConfigError(f"{key}: resolvers such as ${{oc.env:NAME}} are not accepted; write the value itself")
-    if re.match(r"hydra[./=]", text.lstrip("+~")) and key != "hydra.searchpath":
-        raise ConfigError(f"{key}: Hydra's own settings do nothing here; allowed: hydra.searchpath")
-    if text.startswith("~"):
-        raise ConfigError(f"{key}: this command line deletes nothing; allowed: key=value, or group=option (moe=qwen3)")
-    if "@" in key[1:] and value:
-        group = key.partition("@")[0]
-        raise ConfigError(f"{key}: this command line moves no group to another place; allowed: {group}={brief(value)}")
-    override = _read(text)
-    if override is None or not override.key_or_group:
-        raise _unreadable(text, key, value, judge)
-    key = override.key_or_group
-    if override.is_sweep_override():
-        several = f"{key}: got several values; allowed: one (moefactory runs one configuration at a time)"
-        more = f"; a list is [a,b], and text with a comma needs quotes, {_quoted(key, value)}"
-        raise ConfigError(several if key == "moe" or "/" in key else several + more)
-    return override
-
-
-def _refuse_adding(override: Any, own_files: bool) -> None:
-    """Raise ConfigError for a ``+`` before what is there: of ours all is, the user's own files may bring groups."""
-    group = "/" in override.key_or_group or override.key_or_group == "moe"
-    if (override.is_add() or (override.is_force_add() and group)) and not (group and own_files):
-        typed = brief(override.input_line.lstrip("+"))
-        raise ConfigError(f"{override.key_or_group}: this command line adds nothing; allowed: {typed}, without a plus")
-
-
-def _read(text: str) -> Any:
-    """An override as Hydra reads it, or None where it cannot."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    try:
-        return OverridesParser.create().parse_overrides([text])[0]
-    except HydraException:
-        return None
-
-
-def _unreadable(text: str, key: str, value: str, judge: Callable[[str, Any], None]) -> ConfigError:
-    """What to say of an override that Hydra cannot read: where its key is good, mostly that the value needs quotes.
-
-    Hydra reads letters, digits and some signs without quotes, but not a ``~``, an accent, a bracket or a ``=``.
-    """
-    no_override = ConfigError(f"{shorten(text)} is no override; allowed: key=value or group=option")
-    if not key or "=" not in text or _read(f"{key}=0") is None:
-        return no_override
-    if key == "hydra.searchpath":
-        return ConfigError(f"{key}: got {shorten(value)}; allowed: a list such as \"{key}=['file:///home/me/conf']\"")
-    judge(key, value)  # where no text is allowed, quotes would not help
-    if "/" in key:  # a group of the user's own files
-        return no_override
-    quoted = _quoted(key, value.strip(value[0]) if value[0] in "'\"" else value)  # quotes of its own do not match
-    return ConfigError(f"{key}: got {shorten(value)}, which needs quotes; allowed: {quoted} (as typed in a shell)")
-
-
-def _quoted(key: str, text: str) -> str:
-    """How to type ``key=text`` in a shell where Hydra needs quotes around the text."""
-    from hydra.core.override_parser.types import Quote, QuotedString
-
-    override = f"{key}={QuotedString(text if len(text) < 200 else '...', Quote.single).with_quotes()}"
-    special = re.search(r'["$`!]|\\\\', override)  # to a shell, within double quotes
-    return shlex.quote(override) if special else f'"{override}"'
-
-
 def _plain(verb: str, config: Any) -> dict[str, Any]:
     """The composed config as plain containers, interpolations resolved, resolvers refused."""
     from omegaconf import OmegaConf
@@ -245,7 +164,7 @@ def _plain(verb: str, config: Any) -> dict[str, Any]:
     leaves = _leaves(OmegaConf.to_container(config, resolve=False), "")
     brought = [(path, value) for path, value in leaves if isinstance(value, str) and "${" in value]
     for path, value in brought:
-        if _RESOLVER.search(value):
+        if RESOLVER.search(value):
             raise ConfigError(f"{path}: resolvers such as ${{oc.env:NAME}} are not accepted; write the value itself")
     for path, value in brought:  # now none of them leads to a resolver
         try:

@@ -99,6 +99,7 @@ REFUSALS = [
     (("nonsense",), "'nonsense' is no override; allowed: key=value or group=option", ()),
     ((" ",), "' ' is no override; allowed: key=value or group=option", ()),
     (("=3",), "'=3' is no override;", ()),
+    (("+++moe.device=",), "'+++moe.device=' is no override;", ()),
     (("moe..permute_x=false",), "'moe..permute_x=false' is no override;", ()),
     (("cache=~/x",), "cache: got '~/x', which needs quotes; allowed:", ("\"cache='~/x'\"",)),
     (("moe.permute_x=~",), "moe.permute_x: got '~'; allowed: true or false", ()),

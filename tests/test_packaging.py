@@ -244,7 +244,7 @@ print((dict(os.environ), list(logging.root.handlers), logging.root.level) == bef
 
 LAYERS = (
     ("_version", "config", "covering", "progress", "report"),
-    ("rules", "schema", "refusals"),
+    ("rules", "schema", "refusals", "overrides"),
     ("routing",),
     ("reference", "triton", "machine"),
     ("weights", "matrix", "measure", "plot"),
