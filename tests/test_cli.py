@@ -379,6 +379,15 @@ def test_show_says_what_is_legal_and_what_would_run(run: Run) -> None:
     assert "20 rows" in run("show", "moe.model.num_experts=4", "tokens=10")[1]
 
 
+def test_show_of_the_fused_block(run: Run) -> None:
+    """Its launches, of weights that have no memory: on the CPU as the interpreter would run them."""
+    code, out, err = run("show", "moe/backend=triton", "format=json")
+    facts = json.loads(out)
+    assert (code, err, facts["runs_here"]) == (0, "", True)
+    assert facts["would_run"].startswith("backend triton: 128 rows, 16 per expert")
+    assert facts["would_run"].count("(shipped)") == 6
+
+
 def test_show_allocates_no_weights(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """235B's layer takes gigabytes: what would run is told from the sizes."""
     monkeypatch.setattr(torch, "randn", lambda *_, **__: pytest.fail("drew weights"))
