@@ -1,7 +1,7 @@
 """The block beside a kernel that holds some of the GPU's multiprocessors, as a collective does: `beside.py OUT.json`.
 
-held       multiprocessors on which a program of another stream's kernel waits all the while, with all registers that
-           there are: no program of ours fits beside it
+held       multiprocessors on which a program of another stream's kernel waits all the while; it takes a quarter of the
+           registers, so that no GEMM's program fits beside it
 margin     the block's `sm_margin`
 forward, step, dense: milliseconds, medians; dense is the six cuBLAS products of a step, which know of no margin
 """

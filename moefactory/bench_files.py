@@ -19,8 +19,14 @@ def check_files(out: str | None, plot: str | None) -> None:
             _check_place(key, path)
     if plot is not None:
         check_plot(plot)
-    if out is not None and plot is not None and os.path.realpath(out) == os.path.realpath(plot):
+    if out is not None and plot is not None and _same(out, plot):
         raise ConfigError(f"plot: got {plot!r}, the same file as out={out!r}; allowed: another file, or null")
+
+
+def _same(one: str, other: str) -> bool:
+    """Whether two paths are one file: by any links, also hard ones."""
+    there = os.path.exists(one) and os.path.exists(other)
+    return os.path.samefile(one, other) if there else os.path.realpath(one) == os.path.realpath(other)
 
 
 def _check_place(key: str, path: str) -> None:

@@ -9,6 +9,7 @@ the numbers must be is `moefactory.reference`.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Self
@@ -473,6 +474,9 @@ def _saved(value: Saved | str) -> Saved:
 
 def _whole_number(value: int, name: str) -> int:
     """ConfigError for what is no integer."""
-    if type(value) is not int:
-        raise ConfigError(f"{name}: got {value!r}; allowed: an integer")
-    return value
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise ConfigError(f"{name}: got {value!r}; allowed: an integer")

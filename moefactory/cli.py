@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line, ``sys.argv[1:]`` unless given, and return its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["help"]:  # `help show` is `show --help`
-        words = [*words[1:2], "--help"]
+        words = [*(word for word in words[1:2] if word != "help"), "--help"]
     return _guarded(lambda: _dispatch(words))
 
 

@@ -123,13 +123,16 @@ def compose(verb: str, overrides: Sequence[str]) -> Request:
 
         judge = partial(_diagnose, verb, loader, own_files)
         parsed = [parse(text, judge) for text in overrides]
+        for override in parsed:
+            if override.input_line.startswith("+"):
+                judge(override.key_or_group, override.value())
+                refuse_adding(override, own_files)
         try:
             nodes = _plain(verb, hydra_compose(f"moefactory_{verb}", overrides=list(overrides)))
         except Exception as error:
             # Hydra's own words are for an application that runs under hydra.main: they advise +key for a typo.
             for override in parsed:
                 judge(override.key_or_group, override.value())
-                refuse_adding(override, own_files)
             raise ConfigError(one_line(error)) from error
     _check_root(verb, nodes)
     options = {name: _checked(name, option, nodes.get(name)) for name, option in OPTIONS[verb].items()}

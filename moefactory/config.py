@@ -419,7 +419,7 @@ def _scalar(value: Any, schema: Any, path: str, hidden: set[str]) -> Any:
     number_for_bool = schema._metadata.ref_type is bool and not isinstance(value, bool | str | None)
     too_long = isinstance(value, str) and len(value) > MAX_TEXT
     huge = isinstance(value, int) and abs(value) > MAX_INTEGER
-    empty = value == "" and schema._metadata.ref_type is str
+    empty = isinstance(value, str) and not value and schema._metadata.ref_type is str
     if number_for_bool or too_long or huge or empty or not isinstance(value, bool | int | float | str | Enum | None):
         largest = f"; the largest is {MAX_INTEGER}" if huge and schema._metadata.ref_type is int else ""
         raise ConfigError(f"{path}: got {_came(value, path, hidden)}{allowed_values(path)}{largest}")

@@ -162,9 +162,12 @@ def _version(package: str) -> str | None:
 
 def _writable(folder: Path) -> bool:
     """Whether the folder, or the nearest one above it that exists, can be written."""
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    return folder.is_dir() and os.access(folder, os.W_OK)
+    try:
+        while not folder.exists() and folder != folder.parent:
+            folder = folder.parent
+        return folder.is_dir() and os.access(folder, os.W_OK)
+    except OSError:  # a name too long, a folder that may not be looked into
+        return False
 
 
 def _gpus() -> list[dict[str, Any]]:

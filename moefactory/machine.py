@@ -32,8 +32,9 @@ def why_not_here(config: MoeConfig) -> str | None:
     kind = place.type
     if kind == "cuda" and not torch.cuda.is_available():
         return f"device={device} but torch sees no GPU here"
-    if kind == "cuda" and (place.index or 0) >= torch.cuda.device_count():
-        return f"device={device} but torch sees {torch.cuda.device_count()} GPUs here"
+    there = torch.cuda.device_count() if kind == "cuda" else 0
+    if kind == "cuda" and (place.index or 0) >= there:
+        return f"device={device} but torch sees {there} GPU{'' if there == 1 else 's'} here"
     if kind not in {"cpu", "cuda", "meta"} and not _known_to_torch(place):
         return f"device={device} but this torch cannot use it here; allowed: cpu, cuda, cuda:0, ..."
     if config.backend.name is Backend.triton:

@@ -183,7 +183,7 @@ def test_on_a_gpu_memory_clocks_graphs_and_all_peers_have_figures() -> None:
     assert rows["step"].held_mib is not None
     assert rows["step"].peak_mib is not None
     assert 0 < rows["step"].held_mib < rows["step"].peak_mib
-    assert all(row.p50_ms is not None and row.p50_ms > 0 for row in rows.values())
+    assert all(None not in (row.p20_ms, row.p50_ms, row.p80_ms) for row in rows.values())
     assert {row.runs for row in report.rows} == {"triton", *peers.PEERS}
     assert report.provenance["gpu"] == torch.cuda.get_device_name()
 

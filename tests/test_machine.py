@@ -124,7 +124,7 @@ def test_a_kernel_that_is_not_interpreted_needs_a_gpu(monkeypatch: pytest.Monkey
 def test_a_gpu_beyond_those_there(device: str, there: bool, gpu: Any) -> None:
     """On a machine with one GPU: the second is refused with both numbers, not by CUDA's own words."""
     gpu((9, 0))
-    reason = f"device={device} but torch sees 1 GPUs here"
+    reason = f"device={device} but torch sees 1 GPU here"
     assert why_not_here(MoeConfig(device=device)) == (None if there else reason)
 
 

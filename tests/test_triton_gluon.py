@@ -19,7 +19,7 @@ import torch
 from fused import COMBINATIONS, Shape, flag_id, options, specialized_kernels
 from torch import Tensor
 
-from moefactory.triton import specialized, specialized_rows
+from moefactory.triton import specialized, specialized_dswiglu, specialized_dW, specialized_rows
 from moefactory.triton.backward_dX import dX_gemm_dswiglu
 from moefactory.triton.forward import Rows, forward_gemm
 from moefactory.triton.ops import experts_backward, experts_forward
@@ -64,6 +64,31 @@ def test_every_size(shape: Shape, flags: dict[str, bool], claimed: bool, monkeyp
     with fused.surroundings(), gluon_interpreter.interpreted(monkeypatch):
         got = fused.run(p, options(flags, shape.top_k, kernels))
     assert fused.yardstick(shape, torch.bfloat16).complaints(got) == []
+
+
+@pytest.mark.parametrize("flags", [COMBINATIONS[0], COMBINATIONS[-1]], ids=str)
+def test_a_margin(flags: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `sm_margin` 1 of 3 programs each kernel of a step is 2, or as many as it has tiles: the same bits."""
+    p, o = fused.problem(SMALL, torch.bfloat16), options(flags, SMALL.top_k, specialized_kernels())
+    results, grids = [], dict[int, list[tuple[str, int]]]()
+
+    def noting(launched: Any, found: list[tuple[str, int]]) -> Any:
+        def run(name: str, kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
+            found.append((name, grid[0]))
+            launched(name, kernel, grid, *args, **meta)
+
+        return run
+
+    for margin in (0, 1):
+        grids[margin] = []
+        with fused.surroundings(), gluon_interpreter.interpreted(monkeypatch), monkeypatch.context() as patch:
+            for module in (specialized_rows, specialized_dswiglu, specialized_dW):
+                patch.setattr(module, "launch", noting(module.launch, grids[margin]))
+            results.append(fused.run(p, replace(o, sm_margin=margin)))
+    assert fused.differing(*results) == []
+    assert len(grids[0]) >= 5
+    assert grids[1] == [(name, min(programs, 2)) for name, programs in grids[0]]
+    assert max(programs for _, programs in grids[0]) == 3
 
 
 def _rows(shape: Shape) -> tuple[fused.Problem, Rows]:

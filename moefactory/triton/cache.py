@@ -55,8 +55,8 @@ def why_not_writable() -> str | None:
     folder = root()
     if folder is None:
         return None
-    there = next((above for above in (folder, *folder.absolute().parents) if above.exists()), folder)
     try:
+        there = next((above for above in (folder, *folder.absolute().parents) if above.exists()), folder)
         with tempfile.TemporaryFile(dir=there):
             return None
     except OSError as error:

@@ -23,6 +23,7 @@ INTERPRETED_PROGRAMS = 3  # few, so that a persistent program walks several tile
 _HERE = nullcontext()
 Watcher = Callable[[str, Direct | None, tuple[int, ...], tuple[Any, ...]], None]
 _recorders: list[list[str]] = []
+_rounding: list[bool] = []
 _watchers: dict[int, Watcher] = {}
 _compiled: dict[tuple[Any, ...], _Compiled] = {}
 MAX_CHECKED = 4096
@@ -120,10 +121,13 @@ def _cast(source_ptr, target_ptr):
 
 def bfloat16_is_rounded() -> bool:
     """Whether kernels of this process round float32 to the nearest bfloat16, as a GPU does; asked of a kernel."""
-    source = torch.tensor([1.0 + 2.0**-8 + 2.0**-9])  # between two bfloat16 numbers, nearer to the upper
-    target = torch.empty(1, dtype=torch.bfloat16)
-    _cast[(1,)](source, target)
-    return bool(target == source.bfloat16())
+    if not _rounding:
+        source = torch.tensor([1.0 + 2.0**-8 + 2.0**-9])  # between two bfloat16 numbers, nearer to the upper
+        target = torch.empty(1, dtype=torch.bfloat16)
+        _cast[(1,)](source, target)
+        if target == source.bfloat16():
+            _rounding.append(True)  # asked at each interpreted launch
+    return bool(_rounding)
 
 
 def cdiv(a: int, b: int) -> int:

@@ -6,12 +6,13 @@ the operators here return fresh tensors only, so that they need no such check. `
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.autograd.forward_ad as fwAD
 
+from .launch import laid_out
 from .replay import replayed
 
 _LIBRARY = torch.library.Library("moefactory", "FRAGMENT")
@@ -114,3 +115,25 @@ def refuse_forward_mode(*tensors: torch.Tensor) -> None:
     """RuntimeError if one of them carries a tangent."""
     if fwAD._current_level >= 0 and any(fwAD.unpack_dual(t).tangent is not None for t in tensors):
         raise RuntimeError("moefactory: the triton backend has no forward-mode derivative; choose moe/backend=torch")
+
+
+def given_back(
+    name: str, tensor: torch.Tensor, shape: Sequence[int], like: torch.Tensor, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """What autograd saved, contiguous and aligned: a saved-tensors hook may have handed out other memory.
+
+    Args:
+        name: what it is.
+        tensor: what was handed out.
+        shape: of what was saved.
+        like: a tensor on its device, and of its dtype where no `dtype` is given.
+
+    Raises:
+        ValueError: another shape, dtype or device than what was saved: the kernels could only read it wrongly.
+    """
+    wanted = torch.Size(shape), dtype or like.dtype, like.device
+    if (tensor.shape, tensor.dtype, tensor.device) != wanted:
+        came = f"got {tuple(tensor.shape)} {tensor.dtype} on {tensor.device} for the backward"
+        needed = f"{tuple(wanted[0])} {wanted[1]} on {wanted[2]}"
+        raise ValueError(f"{name}: {came}; needed: {needed}, as it was saved")
+    return laid_out(tensor)

@@ -6,7 +6,6 @@ depends on T, K and the weights only, never on the routing, so recomputation and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,9 +13,10 @@ from torch import Tensor
 
 from ..routing import RoutingPlan, combine
 from .launch import laid_out, on_device
-from .library import call, define, differentiate, no_second_derivative, refuse_forward_mode
+from .library import call, define, differentiate, given_back, no_second_derivative, refuse_forward_mode
 from .options import FusedOptions, parse
 from .pipeline import Pipeline, empty_like_none
+from .schedule import most_tiles
 
 
 def _table(
@@ -158,8 +158,9 @@ def experts_backward(
     """Gradients of (x, routing_weights, gate_up_proj, down_proj); one that `needs` does not ask for is empty."""
     need_x, need_s, need_up, need_down = needs
     o = parse(options)
-    dout, routing_weights = laid_out(dout), laid_out(routing_weights)
-    tokens = routing_weights.shape[0]
+    dout = laid_out(dout)
+    tokens = dout.shape[0] // (1 if o.fuse_combine else o.top_k)
+    routing_weights = given_back("routing_weights", routing_weights, (tokens, o.top_k), dout, routing_weights.dtype)
     gate_up_proj, down_proj = gate_up_proj.contiguous(), down_proj.contiguous()
     x = given_back("x", x, (tokens, dout.shape[1]), dout)
     check_weights(x, gate_up_proj.shape[0], gate_up_proj, down_proj)
@@ -170,9 +171,10 @@ def experts_backward(
     gather, scatter = (
         given_back(n, t, (rows,), dout, torch.int32) for n, t in (("gather", gather), ("scatter", scatter))
     )
+    most = most_tiles(offsets.shape[0] - 1, rows, block_m) if block_m else 0
     of_tiles = (
-        None if t is None else given_back("tile table", t, t.shape, dout, torch.int32)
-        for t in (tile_expert, tile_row, num_tiles)
+        None if t is None else given_back("tile table", t, shape, dout, torch.int32)
+        for t, shape in ((tile_expert, (most,)), (tile_row, (most,)), (num_tiles, (2,)))
     )
     pipeline = Pipeline(offsets, gather, scatter, o, gate_up_proj, down_proj, _table(*of_tiles), block_m)
     need_dh = need_x or need_s or need_up
@@ -196,6 +198,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) 
     ctx.mark_non_differentiable(*(t for t in output[1:] if t is not None))
     ctx.set_materialize_grads(False)  # h, a and y get no gradient: no zeros of their size
     ctx.block_m, ctx.options, ctx.saved_h, ctx.spent = block_m, options, save_h, False
+    ctx.of_weights = routing_weights.dtype
     h = empty_like_none(output[1], x)
     ctx.save_for_backward(x, routing_weights, gate_up_proj, down_proj, h, *plan)
 
@@ -207,31 +210,9 @@ def spend(ctx: Any) -> None:
         raise RuntimeError("moefactory: this forward ran without gradients, nothing was saved for a backward")
     if ctx.spent:
         raise RuntimeError(
-            "moefactory: a second backward, but saved=h_reused wrote dH over H in the first; set saved=h"
+            "moefactory: a second backward, but saved=h_reused lets the first write dH over H; set saved=h"
         )
     ctx.spent = saved == "h_reused"
-
-
-def given_back(
-    name: str, tensor: Tensor, shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None
-) -> Tensor:
-    """What autograd saved, contiguous and aligned: a saved-tensors hook may have handed out other memory.
-
-    Args:
-        name: what it is.
-        tensor: what was handed out.
-        shape: of what was saved.
-        like: a tensor on its device, and of its dtype where no `dtype` is given.
-
-    Raises:
-        ValueError: another shape, dtype or device than what was saved: the kernels could only read it wrongly.
-    """
-    wanted = torch.Size(shape), dtype or like.dtype, like.device
-    if (tensor.shape, tensor.dtype, tensor.device) != wanted:
-        came = f"got {tuple(tensor.shape)} {tensor.dtype} on {tensor.device} for the backward"
-        needed = f"{tuple(wanted[0])} {wanted[1]} on {wanted[2]}"
-        raise ValueError(f"{name}: {came}; needed: {needed}, as it was saved")
-    return laid_out(tensor)
 
 
 def _backward(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
@@ -239,8 +220,11 @@ def _backward(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, .
         return (None,) * 14
     spend(ctx)
     refuse_forward_mode(dout)
-    needs = list(ctx.needs_input_grad[:4])
-    grads = call(experts_backward, dout.contiguous(), *ctx.saved_tensors, ctx.block_m, ctx.options, needs)
+    needs, saved = list(ctx.needs_input_grad[:4]), ctx.saved_tensors
+    if saved[1].dtype != ctx.of_weights:  # the others' follows from dout
+        came = f"got {saved[1].dtype} for the backward"
+        raise ValueError(f"routing_weights: {came}; needed: {ctx.of_weights}, as it was saved")
+    grads = call(experts_backward, dout.contiguous(), *saved, ctx.block_m, ctx.options, needs)
     return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), *(None,) * 10)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .combine import part_sum
 from .launch import accumulator, cdiv, launch, on_device, power_of_2
-from .library import call, define, differentiate, no_second_derivative, refuse_forward_mode
+from .library import call, define, differentiate, given_back, no_second_derivative, refuse_forward_mode
 from .routed import Three, apart, parts_chosen
 
 BLOCK_T = 8
@@ -226,8 +226,13 @@ def top_k_softmax_backward(
     dweights: Tensor, saved: Tensor, selected: Tensor, num_experts: int, norm_topk_prob: bool
 ) -> Tensor:
     """dlogits [T,E] of dweights [T,K]; `saved`: the weights before the cast with norm_topk_prob, else the logits."""
-    parts = dweights.contiguous().view(1, -1)
-    return backward_of_parts(parts, dweights.dtype, saved, selected, num_experts, norm_topk_prob)
+    dtype, slots = dweights.dtype, dweights.shape
+    selected = given_back("selected_experts", selected, slots, dweights, torch.int64)
+    if norm_topk_prob:
+        saved = given_back("routing weights", saved, slots, dweights, torch.promote_types(dtype, torch.float32))
+    else:
+        saved = given_back("logits", saved, (slots[0], num_experts), dweights)
+    return backward_of_parts(dweights.contiguous().view(1, -1), dtype, saved, selected, num_experts, norm_topk_prob)
 
 
 def backward_of_parts(

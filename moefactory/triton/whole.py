@@ -25,8 +25,8 @@ from torch import Tensor
 from . import few_tokens
 from .gate import gate_gradient
 from .launch import laid_out, on_device
-from .library import call, define, differentiate, no_second_derivative, refuse_forward_mode
-from .ops import check_weights, empty_gradients, given_back, refuse_compiled_reuse, spend
+from .library import call, define, differentiate, given_back, no_second_derivative, refuse_forward_mode
+from .ops import check_weights, empty_gradients, refuse_compiled_reuse, spend
 from .options import FusedOptions, parse
 from .pipeline import Pipeline, config_of, empty_like_none
 from .plan import BLOCK, BLOCK_ALONE, plan_and_table
