@@ -81,7 +81,7 @@ def _unreadable(text: str, judge: Callable[[str, Any], None]) -> ConfigError:
     if not key or "=" not in text or _read(f"{typed}=0") is None:
         return no_override
     if key == "hydra.searchpath":
-        return ConfigError(f"{key}: got {shorten(value)}; allowed: a list such as \"{key}=['file:///home/me/conf']\"")
+        return ConfigError(f"{key}: got {shorten(value)}; allowed: a list such as \"{key}=['file:///folder/conf']\"")
     judge(key, value)  # where no text is allowed, quotes would not help
     if "/" in key or key == "moe":  # a group of the user's own files
         return no_override
