@@ -328,7 +328,7 @@ class Sum:
     def wait(self, pendings: int) -> Sum:
         while len(self.products) > pendings:
             a, b, add = self.products.pop(0)
-            product = a.load().float() @ b.load().float()
+            product = (a.load().double() @ b.load().double()).float()  # as `interpreter.create_dot` does
             self.value = self.value + product if add else product
         return self
 

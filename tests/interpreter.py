@@ -89,9 +89,10 @@ _unshimmed: dict[tuple[Any, str], Any] = {}  # (class, method name) -> Triton's 
 def install_bfloat16_shim() -> None:
     """Make bf16 honest in the interpreter for the rest of the process; a second call does nothing.
 
-    `tl.dot` widens bf16 operands exactly to float32. Casts to bf16 round to nearest even (float64 and integers go
-    through float32, as in torch); casts from bf16 are exact. Arithmetic, comparison, reduction and scan of bf16, which
-    the interpreter does on raw bits, raise TypeError: upcast first. Moving bits (where, reshape, join) is fine.
+    `tl.dot` widens bf16 operands exactly to float32, and adds products of float32 and float16 up in float64. Casts to
+    bf16 round to nearest even (float64 and integers go through float32, as in torch); casts from bf16 are exact.
+    Arithmetic, comparison, reduction and scan of bf16, which the interpreter does on raw bits, raise TypeError: upcast
+    first. Moving bits (where, reshape, join) is fine.
     """
     if _unshimmed:
         return
@@ -149,8 +150,14 @@ def _conversions(tri: Any) -> dict[str, Any]:
         toward_zero = rounding_mode == tri._ir.ROUNDING_MODE.RTZ
         return handle(bfloat16_from_float32(src.data, toward_zero), tl.bfloat16)
 
-    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
-        return dot(self, widened(a), widened(b), *rest)
+    def create_dot(self: Any, a: Any, b: Any, acc: Any, *rest: Any) -> Any:
+        a, b = widened(a), widened(b)
+        if acc.data.dtype != np.float32 or not {a.data.dtype, b.data.dtype} <= {np.dtype("f2"), np.dtype("f4")}:
+            return dot(self, a, b, acc, *rest)
+        # numpy's products of float32 differ in their last bits by how wide an operand is, on some processors
+        with np.errstate(all="ignore"):
+            product = np.matmul(a.data, b.data, dtype=np.float64).astype(np.float32)
+        return handle(product + acc.data, acc.dtype.scalar)
 
     def get_bf16(self: Any, value: float) -> Any:  # missing before 3.9: `tl.full(shape, 1.5, tl.bfloat16)` failed
         return handle(bfloat16_from_float32(np.array([value], dtype=np.float32)), tl.bfloat16)
