@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 from ._version import __version__
@@ -131,14 +130,13 @@ def describe_block(block: Any, tokens: int) -> dict[str, Any]:
 def describe_machine() -> dict[str, Any]:
     """Versions, GPUs, the cache folders, and which backends run here on which device in which dtype."""
     from .numerics.demo import cache_folder
+    from .triton.cache import root, why_not_writable
 
     try:
         cache = cache_folder()
-        cached: dict[str, Any] = {"path": str(cache), "writable": _writable(cache)}
+        cached: dict[str, Any] = {"path": str(cache), "writable": why_not_writable(cache) is None}
     except RuntimeError as error:  # no home
         cached = {"path": None, "writable": False, "reason": str(error)}
-    from .triton.cache import root
-
     tuned = root()
     return {
         "moefactory": __version__,
@@ -148,7 +146,10 @@ def describe_machine() -> dict[str, Any]:
         "gpus": _gpus(),
         "environment": {"TRITON_INTERPRET": os.environ.get("TRITON_INTERPRET", "")},
         "cache": cached,
-        "tuning_cache": {"path": tuned and str(tuned), "writable": tuned is not None and _writable(tuned)},
+        "tuning_cache": {
+            "path": tuned and str(tuned),
+            "writable": tuned is not None and why_not_writable(tuned) is None,
+        },
         "runs": _what_runs(),
     }
 
@@ -158,16 +159,6 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _writable(folder: Path) -> bool:
-    """Whether the folder, or the nearest one above it that exists, can be written."""
-    try:
-        while not folder.exists() and folder != folder.parent:
-            folder = folder.parent
-        return folder.is_dir() and os.access(folder, os.W_OK)
-    except OSError:  # a name too long, a folder that may not be looked into
-        return False
 
 
 def _gpus() -> list[dict[str, Any]]:

@@ -89,11 +89,11 @@ def run_tune(
     from .factory import build
     from .triton.cache import root, why_not_writable
 
-    if reason := why_not_writable():
+    folder = root()
+    if folder is not None and (reason := why_not_writable(folder)):
         raise MachineError(f"tuning cache: {reason}; name another folder in MOEFACTORY_CACHE")
     block: Any = build(config)
     reports = tuple(_reports(block, tokens, passes, redo, timer, tell))
-    folder = root()
     notes = (INTERPRETED,) if interpreting() else ()
     seconds = time.perf_counter() - start
     where = None if folder is None else str(folder)
@@ -102,9 +102,13 @@ def run_tune(
 
 
 def _require_something(config: MoeConfig, passes: Sequence[str]) -> None:
-    """ConfigError where no stated pass has a launch to tune."""
-    if config.dX_only and passes and set(passes) <= {"bwd_dW"}:
-        raise ConfigError("passes: got bwd_dW, which does not run with dX_only=true; allowed: fwd, bwd_dX")
+    """ConfigError where no stated pass has a launch to tune: dX_only leaves out all of one."""
+    from .measure import products
+
+    run = {name for name, _ in products("step", config)}
+    if passes and not run & set(passes):
+        allowed = ", ".join(name for name in PASSES if name in run)
+        raise ConfigError(f"passes: got {', '.join(passes)}, which does not run with dX_only=true; allowed: {allowed}")
 
 
 def _reports(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
@@ -120,6 +120,17 @@ def specialized_kernels(*, swapped: bool = False) -> Kernels:
         ("fwd", "up", fwd), ("fwd", "down", fwd), ("bwd_dX", "up", dX), ("bwd_dX", "down", dX),
         ("bwd_dW", "up", up), ("bwd_dW", "down", down),
     )  # fmt: skip
+
+
+def noting(launched: Any, found: list[tuple[str, int]], names: Container[str] | None = None) -> Any:
+    """`launched`, a module's `launch`, that writes down (name, programs) of each kernel, or of those of `names`."""
+
+    def run(name: str, kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
+        if names is None or name in names:
+            found.append((name, grid[0]))
+        launched(name, kernel, grid, *args, **meta)
+
+    return run
 
 
 def claim(monkeypatch: pytest.MonkeyPatch, claimed: bool) -> None:

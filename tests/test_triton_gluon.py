@@ -72,18 +72,11 @@ def test_a_margin(flags: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> No
     p, o = fused.problem(SMALL, torch.bfloat16), options(flags, SMALL.top_k, specialized_kernels())
     results, grids = [], dict[int, list[tuple[str, int]]]()
 
-    def noting(launched: Any, found: list[tuple[str, int]]) -> Any:
-        def run(name: str, kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
-            found.append((name, grid[0]))
-            launched(name, kernel, grid, *args, **meta)
-
-        return run
-
     for margin in (0, 1):
         grids[margin] = []
         with fused.surroundings(), gluon_interpreter.interpreted(monkeypatch), monkeypatch.context() as patch:
             for module in (specialized_rows, specialized_dswiglu, specialized_dW):
-                patch.setattr(module, "launch", noting(module.launch, grids[margin]))
+                patch.setattr(module, "launch", fused.noting(module.launch, grids[margin]))
             results.append(fused.run(p, replace(o, sm_margin=margin)))
     assert fused.differing(*results) == []
     assert len(grids[0]) >= 5

@@ -39,23 +39,13 @@ def programs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """(name, programs) of the persistent kernels that were launched."""
     found: list[tuple[str, int]] = []
 
-    def noting(launched: Any) -> Any:
-        def run(name: str, kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
-            if name in PERSISTENT:
-                found.append((name, grid[0]))
-            launched(name, kernel, grid, *args, **meta)
-
-        return run
-
     for module in (forward, backward_dX, backward_dW, decode):
-        monkeypatch.setattr(module, "launch", noting(module.launch))  # type: ignore[attr-defined]
+        monkeypatch.setattr(module, "launch", fused.noting(module.launch, found, PERSISTENT))  # type: ignore[attr-defined]
     return found
 
 
-def block(sm_margin: int = 0, **more: Any) -> Qwen3MoeFusedGroupedGEMMBlock:
-    torch.manual_seed(1)
-    weights = (torch.randn(s) * 0.1 for s in ((8, 64), (8, 64, 64), (8, 64, 32)))
-    return Qwen3MoeFusedGroupedGEMMBlock(MODEL, *(w.to(DEVICE) for w in weights), sm_margin=sm_margin, **more)
+def block(sm_margin: int = 0) -> Qwen3MoeFusedGroupedGEMMBlock:
+    return fused.fused_block(MODEL, torch.float32, sm_margin=sm_margin)
 
 
 @pytest.mark.parametrize("flags", COMBINATIONS, ids=flag_id)

@@ -50,11 +50,11 @@ def root() -> Path | None:
     return None
 
 
-def why_not_writable() -> str | None:
-    """Why results would end with this process though there is a folder for them, or None. Nothing is left behind."""
-    folder = root()
-    if folder is None:
-        return None
+def why_not_writable(folder: Path) -> str | None:
+    """Why nothing can be written into a folder, or into the nearest one above it that exists; None if something can.
+
+    It is tried, and nothing is left behind.
+    """
     try:
         there = next((above for above in (folder, *folder.absolute().parents) if above.exists()), folder)
         with tempfile.TemporaryFile(dir=there):

@@ -111,9 +111,9 @@ def no_second_derivative(ctx: Any, *grads: Any) -> None:
     raise RuntimeError("moefactory: the triton backend has no second derivative; choose moe/backend=torch for it")
 
 
-def refuse_forward_mode(*tensors: torch.Tensor) -> None:
+def refuse_forward_mode(*tensors: torch.Tensor | None) -> None:
     """RuntimeError if one of them carries a tangent."""
-    if fwAD._current_level >= 0 and any(fwAD.unpack_dual(t).tangent is not None for t in tensors):
+    if fwAD._current_level >= 0 and any(t is not None and fwAD.unpack_dual(t).tangent is not None for t in tensors):
         raise RuntimeError("moefactory: the triton backend has no forward-mode derivative; choose moe/backend=torch")
 
 

@@ -210,7 +210,7 @@ def _backward(ctx: Any, dout: Tensor | None, dlogits: Tensor | None, *_: None) -
         d_gate = dlogits.t() @ saved[0] if needs[1] else None
         return dx, d_gate, None, None, *constants
     spend(ctx)
-    refuse_forward_mode(*(tensor for tensor in (dout, dlogits) if tensor is not None))
+    refuse_forward_mode(dout, dlogits)
     more = None if dlogits is None else dlogits.contiguous()
     grads = call(block_backward, dout.contiguous(), *saved, more, ctx.norm_topk_prob, ctx.options, needs)
     return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *constants
