@@ -251,7 +251,7 @@ class Qwen3MoeFusedGroupedGEMMBlock(Qwen3MoeGroupedGEMMBlock):
             pre-activation [T*K,2I]; "h_reused", the same, written over by the backward, which can run once; "x",
             nothing, the backward computes it again.
         sm_margin: multiprocessors of the GPU that the GEMMs leave to what runs beside them, such as a collective: their
-            programs stay for a whole launch, and one that finds no room at its start begins when the others have ended.
+            programs stay for a whole launch, so that what comes meanwhile waits for its end.
         trace: return every intermediate (`GroupedGEMMResult`).
 
     Raises:

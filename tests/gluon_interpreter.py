@@ -15,6 +15,7 @@ import math
 import random
 import threading
 import types
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -54,22 +55,30 @@ class Partition(threading.Thread):
                 assert not self.stores, "stores under way at the end of a partition"
         except BaseException as error:
             self.grid.failed.append(error)
+        self.grid.alive[self.program] -= 1
         self.grid.next()
 
 
 class Grid:
-    """The programs of a launch, all at once."""
+    """The programs of a launch, all at once but for the last `held`, which begin when the others have ended: another
+    kernel holds their multiprocessors. `copies` counts each program's."""
 
-    def __init__(self, programs: int, seed: int) -> None:
+    def __init__(self, programs: int, seed: int, held: int = 0, copies: Counter[int] | None = None) -> None:
         self.programs, self.draw, self.late = programs, random.Random(seed), seed % 2 == 1
+        self.first_held, self.copies = programs - held, Counter[int]() if copies is None else copies
+        self.alive = Counter[int]()  # partitions
         self.waiting: list[Partition] = []
         self.flying: list[Callable[[], None]] = []  # copies that may land at any time
         self.failed: list[BaseException] = []
         self.barriers: list[Barrier] = []
         self.over = threading.Semaphore(0)
 
+    def others_ended(self) -> bool:
+        return not any(number for program, number in self.alive.items() if program < self.first_held)
+
     def start(self, partitions: list[Partition]) -> None:
         self.waiting += partitions
+        self.alive.update(partition.program for partition in partitions)
         for partition in partitions:
             partition.start()
 
@@ -285,6 +294,7 @@ class Tma:
 
         if pred:
             assert box.shape == desc.box
+            current().grid.copies[current().program] += 1
             current().grid.flying.append(land)
 
     @staticmethod
@@ -303,6 +313,7 @@ class Tma:
 class AsyncCopy:
     @staticmethod
     def async_copy_global_to_shared(stage: Shared, pointers: Pointers, mask: Any = None) -> None:
+        current().grid.copies[current().program] += 1
         current().copies.append(lambda: stage.store(pointers.load(mask, 0)))
 
     @staticmethod
@@ -354,6 +365,12 @@ def _atomic_add(pointers: Pointers, value: Any, mask: Any = None, sem: Any = Non
     offsets, mask = pointers._where(mask)
     pointers.memory.index_add_(0, offsets[mask], torch.as_tensor(value).expand(offsets.shape)[mask].to(before.dtype))
     return before
+
+
+def _load(pointers: Pointers, mask: Any = None, other: Any = None, volatile: bool = False) -> Tensor:
+    if volatile:  # what others write meanwhile
+        current().grid.pause(lambda: True)
+    return pointers.load(mask, other)
 
 
 def _allocate(dtype: Any, shape: list[int], layout: Any) -> Any:
@@ -409,6 +426,7 @@ LANGUAGE = types.SimpleNamespace(
     cdiv=_cdiv,
     fma=lambda a, b, c: a * b + c,
     inline_asm_elementwise=_assembly,
+    min=lambda value, axis: value.amin(axis),
     sum=lambda value, axis: value.sum(axis, dtype=value.dtype),
     split=lambda value: (value[..., 0], value[..., 1]),
     join=lambda a, b: torch.stack((a, b), dim=-1),
@@ -420,7 +438,7 @@ LANGUAGE = types.SimpleNamespace(
     num_warps=lambda: current().warps,
     program_id=lambda axis: torch.tensor(current().program, dtype=torch.int32),
     num_programs=lambda axis: current().grid.programs,
-    load=lambda pointers, mask=None, other=None: pointers.load(mask, other),
+    load=_load,
     store=lambda pointers, value, mask=None, eviction_policy="": pointers.store(value, mask),
     atomic_add=_atomic_add,
     allocate_shared_memory=_allocate,
@@ -469,8 +487,8 @@ def as_python(kernel: GluonJITFunction[Any]) -> Callable[..., Any]:
     return _run[id(kernel)][1]
 
 
-def launch(seed: int) -> Callable[..., None]:
-    """What stands in for the package's `launch`: the whole grid, here."""
+def launch(seed: int, held: int = 0, copies: Counter[int] | None = None) -> Callable[..., None]:
+    """What stands in for the package's `launch`: the whole grid, here; `held`, `copies`: see `Grid`."""
 
     def run(name: str, kernel: GluonJITFunction[Any], size: tuple[int, ...], *args: Any, **meta: Any) -> None:
         def argument(value: Any) -> Any:
@@ -481,9 +499,11 @@ def launch(seed: int) -> Callable[..., None]:
 
         given = dict(zip(kernel.arg_names, map(argument, args), strict=False))
         given |= {name: value for name, value in meta.items() if name in kernel.arg_names}
-        grid = Grid(size[0], seed)
+        grid = Grid(size[0], seed, held, copies)
         body = as_python(kernel)
         programs = [Partition(grid, program, 4, lambda: body(**given)) for program in range(size[0])]
+        for program in programs[grid.first_held :]:
+            program.ready = grid.others_ended
         grid.start(programs)
         grid.run()
 
@@ -491,13 +511,14 @@ def launch(seed: int) -> Callable[..., None]:
 
 
 @contextmanager
-def interpreted(monkeypatch: Any, programs: int = 3, seed: int = 0) -> Iterator[None]:
+def interpreted(monkeypatch: Any, programs: int = 3, seed: int = 0, held: int = 0) -> Iterator[Counter[int]]:
     """The warp-specialised kernels run here, in so many programs. `seed` draws who goes on and what lands when; with an
-    odd one nothing lands before somebody has to wait for it."""
+    odd one nothing lands before somebody has to wait for it. `held`: see `Grid`. Gives the copies of each program."""
     from moefactory.triton import specialized_dswiglu, specialized_dW, specialized_rows
 
+    copies = Counter[int]()
     with monkeypatch.context() as patch:
         for module in (specialized_rows, specialized_dswiglu, specialized_dW):
-            patch.setattr(module, "launch", launch(seed))
+            patch.setattr(module, "launch", launch(seed, held, copies))
             patch.setattr(module, "num_programs", lambda device, sm_margin: programs - sm_margin)
-        yield
+        yield copies

@@ -144,7 +144,7 @@ def _recorded(variant: Variant) -> tuple[Any, dict[str, Any], dict[str, Any]]:
         specialized_dW,
         specialized_rows,
     )
-    from moefactory.triton.schedule import TileTable
+    from moefactory.triton.schedule import WORDS, TileTable
 
     launched: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
 
@@ -160,7 +160,7 @@ def _recorded(variant: Variant) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     def matrix(*shape: int) -> Any:
         return torch.zeros(*shape, dtype=dtype)
 
-    table = TileTable(index(8), index(8), index(2), 8)
+    table = TileTable(index(8), index(8), index(WORDS), 8)
     rows = forward.Rows(index(EXPERTS + 2), index(ROWS), TOP_K, table)
     hidden, width = SIZES[variant.sizes]
     flags = dict.fromkeys(variant.flags, True)

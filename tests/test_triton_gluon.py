@@ -20,6 +20,7 @@ from fused import COMBINATIONS, Shape, flag_id, options, specialized_kernels
 from torch import Tensor
 
 from moefactory.triton import specialized, specialized_dswiglu, specialized_dW, specialized_rows
+from moefactory.triton.backward_dW import dW_gemm
 from moefactory.triton.backward_dX import dX_gemm_dswiglu
 from moefactory.triton.forward import Rows, forward_gemm
 from moefactory.triton.ops import experts_backward, experts_forward
@@ -146,9 +147,54 @@ def test_any_order_gives_the_same_bits(shape: Shape, programs: int, monkeypatch:
             weights = p.routing_weights.reshape(-1)
             down = dX_gemm_dswiglu(p.dy, p.down_proj, h, weights, rows, DX, dy_divisor=shape.top_k)
             more = [forward_gemm(h, p.down_proj.repeat(1, 1, 2), rows, FORWARD, permute_y=y)[0] for y in (False, True)]
-        assert rows.table.num_tiles[1] == 0  # as a kernel that claims finds it, and leaves it
+        assert _zeros(rows)
         found.append([t for t in (*up, *down, *more) if t is not None])
     assert all(torch.equal(t, first) for one in found[1:] for t, first in zip(one, found[0], strict=True))
+
+
+def _zeros(rows: Rows) -> bool:
+    """Whether the counters of a launch are as it found them."""
+    return not bool(rows.table.num_tiles[1:].any())
+
+
+@pytest.mark.parametrize("held", [1, 3, 6])
+@pytest.mark.parametrize("claimed", [False, True], ids=["in turn", "claimed"])
+@pytest.mark.parametrize("shape", [SHAPES[0], HALVES], ids=str)
+def test_beside_a_neighbour(shape: Shape, claimed: bool, held: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another kernel holds the multiprocessors of some of seven programs until the others have ended: those compute the
+    missing ones' tiles, to the same bits, and the missing ones copy nothing and end. One program alone computes all."""
+    fused.claim(monkeypatch, claimed)
+    p, rows = _rows(shape)
+    h = torch.randn(rows.gather_indices.shape[0], 2 * shape.intermediate).bfloat16()
+    weights = p.routing_weights.reshape(-1)
+    config = specialized_kernels()[5][2]
+
+    def all_of_a_step() -> list[Tensor]:
+        up = forward_gemm(p.x, p.gate_up_proj, rows, FORWARD, permute_x=True, swiglu=True, store_h=True)
+        dx = dX_gemm_dswiglu(p.dy, p.down_proj, h, weights, rows, DX, dy_divisor=shape.top_k)
+        y, _ = forward_gemm(h, p.down_proj.repeat(1, 1, 2), rows, FORWARD, permute_y=True)
+        dw = dW_gemm(p.dy, h, rows, shape.experts, config, dy_divisor=shape.top_k)  # type: ignore[arg-type]
+        return [t for t in (*up, *dx, y, dw) if t is not None]
+
+    with fused.surroundings(), gluon_interpreter.interpreted(monkeypatch, 7):
+        expected = all_of_a_step()
+    for seed in SEEDS:
+        with fused.surroundings(), gluon_interpreter.interpreted(monkeypatch, 7, seed, held) as copies:
+            got = all_of_a_step()
+        assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
+        assert max(copies) < 7 - held
+        assert _zeros(rows)
+
+
+@pytest.mark.parametrize("flags", [COMBINATIONS[0], COMBINATIONS[-1]], ids=flag_id)
+def test_a_step_beside_a_neighbour(flags: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    """All six GEMMs of a forward and a backward with two of three programs missing: the bits of a step alone."""
+    p, o = fused.problem(SMALL, torch.bfloat16), options(flags, SMALL.top_k, specialized_kernels())
+    results = []
+    for held in (0, 2):
+        with fused.surroundings(), gluon_interpreter.interpreted(monkeypatch, held=held):
+            results.append(fused.run(p, o))
+    assert fused.differing(*results) == []
 
 
 def test_h_may_start_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,8 @@ import judge
 import pytest
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from fused import (
     COMBINATIONS,
     GPU,
@@ -715,6 +717,46 @@ def test_streams() -> None:
     torch.cuda.synchronize()
     for got, right in zip(results, expected, strict=True):
         assert all(torch.equal(one, two) for one, two in zip(got, right, strict=True))
+
+
+@triton.jit
+def _hold(end_ptr, out_ptr, LANES: tl.constexpr):
+    """Stay until the word at `end_ptr` is 1, or for seconds, with so many registers that no GEMM's program fits."""
+    lane = tl.arange(0, LANES)
+    numbers = lane
+    turn = 0
+    while (tl.atomic_add(end_ptr, 0, sem="relaxed") == 0) & (turn < 2_000_000):
+        numbers = numbers * 3 + lane
+        turn += 1
+    tl.store(out_ptr + tl.program_id(0) * LANES + lane, numbers)
+
+
+@on_hopper
+@pytest.mark.parametrize("held", [1, 100, 131])
+@by_edge
+def test_beside_a_neighbour(flags: dict[str, bool], held: int) -> None:
+    """Another stream's kernel holds multiprocessors all the while, up to all but one: the bits of a step alone, three
+    times over. It is told to end when the steps have ended, and is there at both ends of them."""
+    block = block_of(**stated("specialized"), **flags)
+    x, dy = tokens_of(700)
+    expected = step(block, x, dy)
+    end = torch.ones(1, dtype=torch.int32, device="cuda")
+    out = torch.empty(held, 8192, dtype=torch.int32, device="cuda")
+    stream, done = torch.cuda.Stream(), torch.cuda.Event()
+    _hold[(held,)](end, out, LANES=8192, num_warps=8)  # compiled
+    end.zero_()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        _hold[(held,)](end, out, LANES=8192, num_warps=8)
+        done.record()
+    torch.cuda._sleep(2_000_000)  # a millisecond: it is there by then
+    results = [step(block, x, dy) for _ in range(3)]
+    torch.cuda.current_stream().synchronize()
+    assert not done.query()
+    end.fill_(1)
+    torch.cuda.synchronize()
+    for got in results:
+        assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
 
 
 @pytest.mark.skipif(not GPU or torch.cuda.device_count() < 2, reason="needs two GPUs")

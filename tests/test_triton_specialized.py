@@ -29,7 +29,8 @@ from moefactory.triton.search_space import refusals
 from moefactory.triton.specialized import descriptor, ragged
 
 pytestmark = pytest.mark.interpreter  # compiles without a GPU; what runs on one is in test_triton_gpu
-MAX_SPILLS = 80  # bytes a thread: a few scalars around the loops; a spilled accumulator would be hundreds
+MAX_SPILLS = 120  # bytes a thread, stores and loads: scalars around the loops, a sum over threads keeps one of those
+# that have no part in it, five registers of a finished tile where dW follows no index; an accumulator would be hundreds
 by_variant = pytest.mark.parametrize("variant", VARIANTS)
 
 
@@ -80,18 +81,17 @@ def _claims(variant: sm90.Variant) -> bool:
 
 
 def _times_loaded(variant: sm90.Variant) -> int:
-    """The loops in which a row tile is loaded: one more where tiles are claimed."""
-    return 4 if _claims(variant) else 3
+    """The loops in which a row tile is loaded: one more where tiles are claimed; the last is for others' tiles."""
+    return 5 if _claims(variant) else 4
 
 
 @by_variant
 def test_moves_what_it_can_by_tma(variant: str, code: dict[str, dict[str, Any]]) -> None:
     """A gathered operand comes in copies of 16 bytes, the widest there are; every other, and each result, by TMA.
 
-    Two halves of dW, four parts of y, six of H and A, two of A, by each of two consumers, and for rows once more in the
-    code of the turn after the last tile. The dSwiGLU epilogue alone loads and stores past shared memory. The loads of a
-    row tile stand three times or more, four where the next one is claimed, since between them it is asked for; a
-    compiler may add copies.
+    Two halves of dW, four parts of y, six of H and A, two of A, by each of two consumers, once more in the code after
+    the last tile. The dSwiGLU epilogue alone loads and stores past shared memory. The loads of a row tile stand four
+    times or more, five where the next one is claimed, since between them it is asked for; a compiler may add copies.
     """
     one, found = VARIANTS[variant], code[variant]
     assert set(found["gather widths"]) == ({16} if one.gathered else set())
@@ -99,7 +99,7 @@ def test_moves_what_it_can_by_tma(variant: str, code: dict[str, dict[str, Any]])
     assert found["tma loads"] >= (1 if one.gathered else 2) * (1 if is_dw else _times_loaded(one))
     direct = one.kernel == "dX_dswiglu" or {"permute_y", "scatter"} & set(one.flags)
     parts = 2 if is_dw else {"forward_up": 6 if "store_h" in one.flags else 2}.get(one.kernel, 4)
-    assert found["tma stores"] == (0 if direct else parts * (2 if is_dw else 4))
+    assert found["tma stores"] == (0 if direct else parts * 4)
 
 
 @by_variant
@@ -108,7 +108,7 @@ def test_every_tile_has_its_own_bounds(variant: str, code: dict[str, dict[str, A
     would sum from the first tile's row on.
 
     Loops inside the loop over tiles: a consumer multiplies in one, that of the dSwiGLU kernel hands over between two;
-    its epilogue has one; a row tile is loaded in three, in four where the next one is claimed. There the lower half's
+    its epilogue has one; a row tile is loaded in four, in five where the next one is claimed. There the lower half's
     consumer lets stages pass in as many loops as it multiplies in.
     """
     one = VARIANTS[variant]

@@ -16,7 +16,7 @@ ones below bit t). No id lies outside [0, E), so that the group of dropped slots
     offsets                [E+2] int32     group -> its first expert-order row; then T*K
     gather, scatter        [T*K] int32     expert-order row -> slot, slot -> expert-order row
     tile_expert, tile_row  [max] int32     row tile of BLOCK_M -> its expert, its first row; not written past num_tiles
-    num_tiles              [2]   int32     how many row tiles there are; 0, as in `schedule`
+    num_tiles              [WORDS] int32   how many row tiles there are; zeros, as in `schedule`
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .launch import accumulator, launch, on_device, power_of_2
 from .library import call, define, refuse_forward_mode, within
 from .routed import Three, apart, parts_planned
 from .router import choose, differentiate_router, probabilities, room_for_choice
-from .schedule import most_tiles
+from .schedule import WORDS, most_tiles, store_counters
 
 MIN_TOKENS, MAX_TOKENS = 8, 64  # the router's rows a program; the bits of a word, and at two a warp all the warps
 MAX_EXPERTS = 128  # with more than MIN_TOKENS: beyond, warps share a row, and more of them add in another order
@@ -115,7 +115,7 @@ def _route_few_tokens(
         tl.store(tile_expert_ptr + first_tile + tile, offs_e, mask=tile < tiles)
         tl.store(tile_row_ptr + first_tile + tile, starts + tile * BLOCK_M, mask=tile < tiles)
     tl.store(num_tiles_ptr + offs_e - (EXPERTS - 1), ends >> 16, mask=offs_e == EXPERTS - 1)  # the last of them: all
-    tl.store(num_tiles_ptr + 1, 0)
+    store_counters(num_tiles_ptr)
 
     lane = tl.arange(0, TOKENS * SLOTS)
     token = lane // SLOTS
@@ -146,7 +146,7 @@ def _padded(tokens: int) -> int:
 def _counts_and_table(logits: Tensor, top_k: int, block_m: int) -> tuple[Tensor, ...]:
     tokens, experts = logits.shape
     max_tiles = most_tiles(experts + 1, tokens * top_k, block_m)
-    sizes = (experts + 1, max_tiles, max_tiles, 2)
+    sizes = (experts + 1, max_tiles, max_tiles, WORDS)
     return tuple(torch.empty(n, dtype=torch.int32, device=logits.device) for n in sizes)
 
 
@@ -168,7 +168,7 @@ def route_few_tokens(logits: Tensor, top_k: int, norm_topk_prob: bool, block_m: 
     Returns:
         routing_weights [T,K] in the logits' dtype, selected_experts [T,K] int64, the weights before the cast [T,K]
         (empty without norm_topk_prob); counts [E+1], offsets [E+2], gather [T*K], scatter [T*K]; tile_expert [max],
-        tile_row [max], num_tiles [2] for row tiles of `block_m`.
+        tile_row [max], num_tiles [WORDS] for row tiles of `block_m`.
 
     Raises:
         ValueError: too many tokens, or none.

@@ -16,7 +16,7 @@ from .launch import laid_out, on_device
 from .library import call, define, differentiate, given_back, no_second_derivative, refuse_forward_mode
 from .options import FusedOptions, parse
 from .pipeline import Pipeline, empty_like_none
-from .schedule import most_tiles
+from .schedule import WORDS, most_tiles
 
 
 def _table(
@@ -174,7 +174,7 @@ def experts_backward(
     most = most_tiles(offsets.shape[0] - 1, rows, block_m) if block_m else 0
     of_tiles = (
         None if t is None else given_back("tile table", t, shape, dout, torch.int32)
-        for t, shape in ((tile_expert, (most,)), (tile_row, (most,)), (num_tiles, (2,)))
+        for t, shape in ((tile_expert, (most,)), (tile_row, (most,)), (num_tiles, (WORDS,)))
     )
     pipeline = Pipeline(offsets, gather, scatter, o, gate_up_proj, down_proj, _table(*of_tiles), block_m)
     need_dh = need_x or need_s or need_up

@@ -29,7 +29,7 @@ from ..routing import RoutingPlan, check_selected
 from .launch import cdiv, launch, on_device, power_of_2
 from .library import call, define
 from .routed import Three, apart, parts_planned
-from .schedule import TILES_PER_PROGRAM, most_tiles, store_tiles
+from .schedule import TILES_PER_PROGRAM, WORDS, most_tiles, store_tiles
 
 BLOCK = 128  # slots per program; their order within is found by comparing all pairs
 BLOCK_ALONE = 64  # slots that one program sorts faster than several launches do
@@ -218,7 +218,7 @@ def plan_and_table(
     blocks = cdiv(rows, BLOCK)
     max_tiles = most_tiles(num_experts + 1, rows, block_m) if block_m else 0
     tiles = power_of_2(cdiv(max_tiles, blocks)) if 0 < max_tiles <= TILES_PER_PROGRAM * blocks else 0
-    made = tuple(torch.empty(n, dtype=torch.int32, device=device) for n in (max_tiles, max_tiles, 2) if tiles)
+    made = tuple(torch.empty(n, dtype=torch.int32, device=device) for n in (max_tiles, max_tiles, WORDS) if tiles)
     block = {"GROUPS": groups, "BLOCK": BLOCK}
     with on_device(device):
         if tile_counts is None:

@@ -4,10 +4,10 @@
     expert_offsets   [E+2] int32      expert -> its first expert-order row; group E is the dropped slots, then T*K
     tile_expert      [max] int32      row tile -> expert (E: dropped rows, which the kernels store as zeros)
     tile_row         [max] int32      row tile -> its first row
-    num_tiles        [2]   int32      how many tiles there are (the rest of the arrays is not written); 0, the counter
-                                      of tiles that programs claim, which a kernel sets back (`specialized.claimed`)
+    num_tiles        [WORDS] int32    how many tiles there are (the rest of the arrays is not written); then zeros, in
+                                      which the programs of a launch count, and which they set back (`turns`)
 
-Kernels that claim from a table therefore run one after the other, as on one stream; two would claim each other's.
+Kernels that count in a table therefore run one after the other, as on one stream; two would take each other's tiles.
 
 `max` = T*K // BLOCK_M + min(E + 1, T*K) holds for any routing, so that nothing is read back to the host.
 """
@@ -24,6 +24,11 @@ from torch import Tensor
 from .launch import cdiv, launch, power_of_2
 
 TILES_PER_PROGRAM = 32
+CHUNKS = 4  # words of `num_tiles` before those of each program: 16 bytes
+PROGRAMS = 256  # how many programs may count in it; there is no GPU with so many multiprocessors
+WORDS = CHUNKS + PROGRAMS
+_COUNTERS = tl.constexpr(WORDS - 1)
+_ROOM = tl.constexpr(2 * PROGRAMS)
 
 
 @triton.jit
@@ -63,7 +68,14 @@ def store_tiles(table, first, counts, offs_g, max_tiles, BLOCK_M: tl.constexpr, 
     tl.store(tile_row_ptr + offs_t, start + (offs_t - before) * BLOCK_M, mask=tile_mask)
     if tl.program_id(0) == 0:
         tl.store(num_tiles_ptr, total)
-        tl.store(num_tiles_ptr + 1, 0)
+        store_counters(num_tiles_ptr)
+
+
+@triton.jit
+def store_counters(num_tiles_ptr):
+    """Zeros behind the number of tiles."""
+    word = tl.arange(0, _ROOM)
+    tl.store(num_tiles_ptr + 1 + word, tl.zeros((_ROOM,), tl.int32), mask=word < _COUNTERS)
 
 
 @triton.jit
@@ -112,7 +124,7 @@ def tile_table(expert_offsets: Tensor, num_rows: int, block_m: int) -> TileTable
     max_tiles = most_tiles(groups, num_rows, block_m)
     tile_expert = torch.empty(max_tiles, dtype=torch.int32, device=expert_offsets.device)
     tile_row = torch.empty_like(tile_expert)
-    num_tiles = torch.empty(2, dtype=torch.int32, device=expert_offsets.device)
+    num_tiles = torch.empty(WORDS, dtype=torch.int32, device=expert_offsets.device)
     grid = (cdiv(max_tiles, TILES_PER_PROGRAM),)
     meta = {"BLOCK_M": block_m, "GROUPS": power_of_2(groups), "TILES": TILES_PER_PROGRAM}
     launch("tile_table", _tile_table, grid, expert_offsets, tile_expert, tile_row, num_tiles, max_tiles, groups, **meta)

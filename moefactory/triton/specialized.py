@@ -16,8 +16,8 @@ Programs that go round in turn stay in step, and neighbours, who ask for the sam
 by one read. They stay in step only while each tile takes as long as another; out of step, weights come from memory two
 or three times. Where an expert's weights are so small that the L2 keeps them meanwhile, GEMMs with an epilogue claim
 their tiles from a counter instead: programs drift, but neighbours begin together, and a tile that is half padding may
-take less time; so does a forward of few rows where the memory is wide. The producer knows the tiles, and tells the
-other partitions in `news`.
+take less time; so does a forward of few rows where the memory is wide. The producer takes the tiles (`turns`), and
+tells the other partitions in `news`.
 
 A ragged descriptor clips at a row that is known on the device only. Its row dimension is RAGGED long, and a box is
 placed so that the expert's end lies at RAGGED: the hardware writes nothing behind it and reads zeros from there. Two
@@ -103,27 +103,6 @@ def slots_of(rows, end, gather_ptr, DIVISOR: gl.constexpr):
         return gl.load(gather_ptr + rows, mask=rows < end, other=0)
     else:
         return rows
-
-
-@gluon.jit
-def ask(tile, tiles, counter_ptr, lane):
-    """Claim the tile to follow `tile`; `claimed` has the answer, for which nothing waits here.
-
-    Each program's first tile is its own; it claims from then on, until a claim is past the last tile. One thread asks:
-    `lane` numbers the partition's.
-    """
-    one = (lane >= 0).to(gl.int32)
-    return gl.atomic_add(counter_ptr + (one - 1), one, mask=(lane == 0) & (tile < tiles), sem="relaxed")
-
-
-@gluon.jit
-def claimed(answer, tile, tiles, counter_ptr, lane):
-    """The tile that was claimed. The counter is 0 before and after a kernel: its last claim sets it back."""
-    programs = gl.num_programs(0)
-    number = gl.sum(gl.where(lane == 0, answer, 0), axis=0)
-    # each tile's program claims one more while it works: as many claims as tiles, whatever the number of programs
-    gl.store(counter_ptr, 0, mask=(tile < tiles) & (number == tiles - 1))
-    return gl.where(tile < tiles, programs + number, tile)
 
 
 NEWS = gl.constexpr(8)  # tiles that are told of at a time: at most STAGES + 3 that not every partition has read

@@ -23,8 +23,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .launch import cdiv, laid_out, launch, num_programs
+from .schedule import PROGRAMS as MOST_PROGRAMS
 from .specialized import NEWS, claims, descriptor, make_news, phase, quarters_of, sigmoid, told
 from .specialized_rows import GROUP_M, halves_of, make_ring, pass_by, producer
+from .turns import chunk
 
 if TYPE_CHECKING:
     from ..config import KernelConfigBackward_dX
@@ -268,6 +270,7 @@ def _specialized_dX_dswiglu(
     DIVISOR: gl.constexpr,
     HAS_WEIGHTS: gl.constexpr,
     CLAIM: gl.constexpr,
+    CHUNK: gl.constexpr,
     EVEN_K: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
@@ -295,7 +298,7 @@ def _specialized_dX_dswiglu(
     mbarrier.init(handed.index(0), count=2)  # both consumers
     mbarrier.init(handed.index(1), count=1)
     fence_async_shared()
-    tables = (tile_expert_ptr, tile_row_ptr, expert_offsets_ptr, gather_indices_ptr, num_tiles_ptr + 1)
+    tables = (tile_expert_ptr, tile_row_ptr, expert_offsets_ptr, gather_indices_ptr, num_tiles_ptr)
     # rows are whole 16 bytes; said like this, the compiler knows it, and copies 16 bytes at a time
     sizes = (gl.load(num_tiles_ptr), gl.cdiv(width, BLOCK_N), num_experts, K // 8 * 8, width // 8 * 8, M)
     pointers = (h_ptr, dh_ptr, scaled_a_ptr, ds_ptr, routing_weights_ptr)
@@ -321,6 +324,7 @@ def _specialized_dX_dswiglu(
                     1,
                     GROUP_M,
                     CLAIM,
+                    CHUNK,
                     PRODUCERS,
                 ),
             ),
@@ -349,16 +353,18 @@ def specialized_dX_dswiglu(
     w_desc = descriptor(weight, [1, config.block_n, config.block_k])
     x_desc = w_desc if dy_divisor else descriptor(dy, [config.block_m // 2, config.block_n])  # gathered rows take none
     name, num_rows = "dX_dswiglu", rows.gather_indices.shape[0]
+    claim = claims(name, weight, num_rows)
     launch(
         name,
         _specialized_dX_dswiglu,
-        (min(num_programs(dy.device, rows.sm_margin), rows.table.max_tiles * cdiv(k, config.block_k)),),
+        (min(num_programs(dy.device, rows.sm_margin), MOST_PROGRAMS, rows.table.max_tiles * cdiv(k, config.block_k)),),
         *(x_desc, w_desc, dy, laid_out(h).view(torch.int32)),  # two numbers a word: see `_load_h`
         *(dh, scaled_a, ds, dh if routing_weights is None else routing_weights),
         *(*rows.arguments, experts, num_rows, n, k),
         DIVISOR=dy_divisor,
         HAS_WEIGHTS=routing_weights is not None,
-        CLAIM=claims(name, weight, num_rows),
+        CLAIM=claim,
+        CHUNK=1 if claim else chunk(cdiv(n, config.block_n)),
         EVEN_K=bool(dy_divisor) and n % config.block_n == 0,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_k,  # the sum is over n

@@ -35,11 +35,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .launch import cdiv, launch, num_programs
+from .schedule import PROGRAMS as MOST_PROGRAMS
 from .specialized import (
     RAGGED,
     WARPS,
-    ask,
-    claimed,
     claims,
     descriptor,
     halves,
@@ -52,6 +51,7 @@ from .specialized import (
     tell,
     told,
 )
+from .turns import CHUNKS, CLAIMS, NONE, answered, ask, chunk, leave, take_over
 
 if TYPE_CHECKING:
     from ..config import KernelConfigBackward_dX, KernelConfigForward
@@ -210,15 +210,17 @@ def producer(
     LEAST: gl.constexpr,
     GROUP_M: gl.constexpr,
     CLAIM: gl.constexpr,
+    CHUNK: gl.constexpr,
     PRODUCERS: gl.constexpr,
 ):
-    """Choose tiles, tell of them, and fill the ring: rows of x, by TMA or through the index, and W, with WIDE_W gate
-    and up rows side by side.
+    """Take tiles, tell of them, and fill the ring: rows of x, by TMA or through the index, and W, with WIDE_W gate and
+    up rows side by side.
 
-    Tiles go round in turn, or are claimed (CLAIM), late, so that they are begun in their order. Claim, place and slots
-    wait for one another; each is asked for a few steps before it is needed.
+    Tiles are the program's own, CHUNK of them taken at a time, or claimed (CLAIM), late, so that they are begun in
+    their order; then what others have not begun. A tile's number, its place and its slots wait for one another; each is
+    asked for a few steps before it is needed.
     """
-    gather_ptr, counter_ptr = tables[3], tables[4]
+    gather_ptr, counters_ptr = tables[3], tables[4]
     num_m, num_n, num_experts, K, _, M = sizes
     x_desc, w_desc, x_ptr = inputs
     EXTRA: gl.constexpr = ring[0].shape[0] - ring[1].shape[0]
@@ -229,9 +231,14 @@ def producer(
     offs_k = gl.arange(0, BLOCK_K, layout=gl.SliceLayout(0, layout))
     tiles = num_m * num_n
     steps = gl.maximum(gl.cdiv(K, BLOCK_K), LEAST)
-    tile = gl.program_id(0)
-    expert, row0, row_end, tile_n = place_of(tile, tables, num_m, num_n, num_experts, 2 * ROWS, GROUP_M)
+    programs = gl.num_programs(0)
+    own_ptr = counters_ptr + CHUNKS + gl.program_id(0)
+    answer = ask(own_ptr, PRODUCERS)
+    expert, row0, row_end, tile_n = place_of(gl.program_id(0), tables, num_m, num_n, num_experts, 2 * ROWS, GROUP_M)
     slots = _slots_of_halves(row0 + lane, M, gather_ptr, DIVISOR)
+    begun = answered(answer, PRODUCERS)
+    tile = gl.where(begun == 0, gl.program_id(0), NONE)  # or others were there before
+    number = 0  # of the tile in its chunk
     step = 0
     turn = 0
     if EXTRA > 0:
@@ -247,15 +254,20 @@ def producer(
         second = gl.maximum(count - 2 * AHEAD, 0)
         third = gl.maximum(count - AHEAD, 0)
         if CLAIM:
-            thread = gl.arange(0, 32 * PRODUCERS, layout=gl.BlockedLayout([1], [32], [PRODUCERS], [0]))
             first = gl.maximum(count - 3 * AHEAD, 0)
             _copy_steps(0, first, step, place, rows, inputs, K, ring, DIVISOR, WIDE_W, TRANS_W, EVEN_K, layout)
-            answer = ask(tile, tiles, counter_ptr, thread)
+            answer = ask(counters_ptr + CLAIMS, PRODUCERS)
             _copy_steps(first, second, step, place, rows, inputs, K, ring, DIVISOR, WIDE_W, TRANS_W, EVEN_K, layout)
-            tile = claimed(answer, tile, tiles, counter_ptr, thread)
+            tile = programs + answered(answer, PRODUCERS)
         else:
+            if number == 0:
+                answer = ask(own_ptr, PRODUCERS)
             _copy_steps(0, second, step, place, rows, inputs, K, ring, DIVISOR, WIDE_W, TRANS_W, EVEN_K, layout)
-            tile += gl.num_programs(0)
+            tile += programs
+            number += 1
+            if (number == CHUNK) | (tile >= tiles):
+                tile = gl.program_id(0) + answered(answer, PRODUCERS) * (CHUNK * programs)
+                number = 0
         next_expert, next_row0, next_end, next_n = place_of(tile, tables, num_m, num_n, num_experts, 2 * ROWS, GROUP_M)
         _copy_steps(second, third, step, place, rows, inputs, K, ring, DIVISOR, WIDE_W, TRANS_W, EVEN_K, layout)
         next_slots = _slots_of_halves(next_row0 + lane, M, gather_ptr, DIVISOR)
@@ -271,8 +283,34 @@ def producer(
         expert, row0, row_end, tile_n, slots = next_expert, next_row0, next_end, next_n, next_slots
         step += count
         turn += 1
+    own = gl.minimum(tiles, programs) if CLAIM else tiles
+    tile = begun * (CHUNK * programs) + gl.program_id(0)
+    if (begun == 0) | (tile >= own):
+        _, tile = take_over(own, counters_ptr, CHUNK, PRODUCERS)
+    number = 0
+    while tile < own:  # others' tiles: rarely, so without looking ahead
+        expert, row0, row_end, tile_n = place_of(tile, tables, num_m, num_n, num_experts, 2 * ROWS, GROUP_M)
+        count = gl.where(expert < num_experts, steps, LEAST)
+        tell(news, turn, count, row0, row_end, tile_n)
+        place = (expert, tile_n)
+        slots = _slots_of_halves(row0 + lane, M, gather_ptr, DIVISOR)
+        rows = _rows_of(expert, row0, row_end, slots, x_ptr, num_experts, K, lane, offs_k, DIVISOR, CLAIM)
+        if EXTRA > 0:
+            _copy_x(0, step, rows, x_desc, K, ring, DIVISOR, EVEN_K, layout)
+        last = count - EXTRA
+        _copy_steps(0, last, step, place, rows, inputs, K, ring, DIVISOR, WIDE_W, TRANS_W, EVEN_K, layout)
+        if EXTRA > 0:
+            _copy_w(last, step, place, w_desc, ring, WIDE_W, TRANS_W)
+        step += count
+        turn += 1
+        tile += programs
+        number += 1
+        if (number == CHUNK) | (tile >= own):
+            _, tile = take_over(own, counters_ptr, CHUNK, PRODUCERS)
+            number = 0
     tell(news, turn, 0, 0, 0, 0)  # the last tile is stored under a turn without products
     tell(news, turn + 1, -1, 0, 0, 0)
+    leave(counters_ptr, PRODUCERS)
 
 
 @gluon.jit
@@ -453,6 +491,7 @@ def _specialized_rows(
     EVERY: gl.constexpr,
     EVEN_K: gl.constexpr,
     CLAIM: gl.constexpr,
+    CHUNK: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr,
@@ -471,7 +510,7 @@ def _specialized_rows(
     news = make_news()
     out_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M // 2, BLOCK_N // 4], DTYPE)
     outs = gl.allocate_shared_memory(DTYPE, [2, BLOCK_M // 2, BLOCK_N // 4], out_layout)
-    tables = (tile_expert_ptr, tile_row_ptr, expert_offsets_ptr, gather_indices_ptr, num_tiles_ptr + 1)
+    tables = (tile_expert_ptr, tile_row_ptr, expert_offsets_ptr, gather_indices_ptr, num_tiles_ptr)
     # TMA needs rows of whole 16 bytes; said like this, the compiler knows it, and copies 16 bytes at a time
     num_n = gl.cdiv(width, BLOCK_N // 2 if WIDE_W else BLOCK_N)
     sizes = (gl.load(num_tiles_ptr), num_n, num_experts, K // 8 * 8, width // 8 * 8, M)
@@ -499,6 +538,7 @@ def _specialized_rows(
                     LEAST,
                     GROUP_M,
                     CLAIM,
+                    CHUNK,
                     PRODUCERS,
                 ),
             ),
@@ -562,18 +602,20 @@ def _launch(
     if reduced < ((parts - 1) * every + 1) * block_k:  # products of zeros cost more than they leave time
         every = 1
     least = (parts - 1) * every + 1
+    claim = claims(name, weight, num_rows)
     x_desc = w_desc if flags["DIVISOR"] else descriptor(x, [block_m // 2, block_k])  # gathered rows take none
     launch(
         name,
         _specialized_rows,
-        (min(num_programs(x.device, rows.sm_margin), rows.table.max_tiles * cdiv(width, out_n)),),
+        (min(num_programs(x.device, rows.sm_margin), MOST_PROGRAMS, rows.table.max_tiles * cdiv(width, out_n)),),
         *(x_desc, w_desc, *outputs[:2], x, outputs[2], *rows.arguments),
         *(experts, num_rows, reduced, width),
         **{"SCATTER": False, "STORE_H": False, **flags},
         LEAST=least,
         EVERY=every,
         EVEN_K=bool(flags["DIVISOR"]) and reduced % block_k == 0 and reduced >= least * block_k,
-        CLAIM=claims(name, weight, num_rows),
+        CLAIM=claim,
+        CHUNK=1 if claim else chunk(max(cdiv(reduced, block_k), least)),
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_K=block_k,
