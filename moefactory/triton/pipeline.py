@@ -24,7 +24,7 @@ from .forward import Rows, forward_gemm
 from .gather import gather_rows
 from .library import traced
 from .options import FusedOptions
-from .schedule import WORDS, TileTable, tile_table
+from .schedule import TileTable, tile_table
 
 FEW_ROWS = 16  # the height of a row tile where experts have few rows each
 _launches: dict[tuple[Any, ...], Launch] = {}  # made once: building and hashing one took a sixth of a call's host time
@@ -161,7 +161,7 @@ class Pipeline:
             scaled_a = swiglu_forward(h, self.gather, weights)
         if need_dw:
             config = self._config("bwd_dW", "down")
-            rows = self._rows_of_dW(config)
+            rows = self._rows_of_dW()
             if config.gather_first and dy_divisor:  # type: ignore[union-attr]
                 dy, dy_divisor = self._take(dy, dy_divisor), 0
             dw = dW_gemm(dy, scaled_a, rows, self.offsets.shape[0] - 2, config, dy_divisor=dy_divisor)  # type: ignore[arg-type]
@@ -180,14 +180,9 @@ class Pipeline:
         dh, scaled_a, ds = swiglu_backward(da, h, self.gather, weights, over_h=over_h)
         return dh, scaled_a, ds.unsqueeze(0) if in_parts else ds
 
-    def _rows_of_dW(self, config: KernelConfig) -> Rows:
-        """dW walks experts, not row tiles: of a table it needs the counters alone, and only a warp-specialised one."""
-        for rows in self._by_block.values():
-            return rows
-        table = self._no_table()
-        if config.warp_specialize and self.num_rows:
-            table.num_tiles = torch.zeros(WORDS, dtype=torch.int32, device=self.offsets.device)
-        return self._on(table)
+    def _rows_of_dW(self) -> Rows:
+        """dW walks experts, not row tiles: no table."""
+        return self._on(self._no_table())
 
     def dw_up(self, dh: Tensor, x: Tensor) -> Tensor:
         """dgate_up_proj [E,2I,H]."""
@@ -195,7 +190,7 @@ class Pipeline:
         indexed = options.permute_x and not config.gather_first  # type: ignore[union-attr]
         rows, divisor = (x, options.top_k) if indexed else (self._take(x, options.top_k), 0)
         experts = self.offsets.shape[0] - 2
-        return dW_gemm(dh, rows, self._rows_of_dW(config), experts, config, x_divisor=divisor)  # type: ignore[arg-type]
+        return dW_gemm(dh, rows, self._rows_of_dW(), experts, config, x_divisor=divisor)  # type: ignore[arg-type]
 
     def dx_up(self, dh: Tensor, router: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """dX [T,H]: the experts' part and, of `router` (dlogits [T,E], gate [E,H]), the router's."""

@@ -28,21 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .launch import cdiv, launch, num_programs
-from .schedule import PROGRAMS as MOST_PROGRAMS
-from .specialized import (
-    RAGGED,
-    WARPS,
-    descriptor,
-    make_news,
-    phase,
-    ragged,
-    slots_of,
-    split_columns,
-    tell,
-    tile_of,
-    told,
-)
-from .turns import CHUNKS, answered, ask, chunk, leave, take_over
+from .specialized import RAGGED, WARPS, descriptor, phase, ragged, slots_of, split_columns, tile_of
 
 if TYPE_CHECKING:
     from ..config import KernelConfigBackward_dW
@@ -87,18 +73,15 @@ def _producer(
     tables,
     sizes,
     ring,
-    news,
     P_DIVISOR: gl.constexpr,
     Q_DIVISOR: gl.constexpr,
     EVEN_P: gl.constexpr,
     EVEN_Q: gl.constexpr,
     GROUP: gl.constexpr,
-    CHUNK: gl.constexpr,
     PRODUCERS: gl.constexpr,
 ):
-    """Take chunks of tiles, tell of each, and fill the ring."""
     p_desc, q_desc, p_ptr, q_ptr = inputs
-    offsets_ptr, gather_ptr, counters_ptr = tables
+    offsets_ptr, gather_ptr = tables
     num_experts, P, Q = sizes
     p_stages, q_stages, full, empty = ring
     DTYPE: gl.constexpr = p_stages.dtype
@@ -114,38 +97,15 @@ def _producer(
     num_p = gl.cdiv(P, BLOCK_P)
     num_q = gl.cdiv(Q, BLOCK_Q)
     tiles = num_experts * num_p * num_q
-    programs = gl.num_programs(0)
-    whose = gl.program_id(0)
-    tile = gl.program_id(0)
-    answer = ask(counters_ptr + CHUNKS + whose, PRODUCERS)
-    _, start, end, tile_p, tile_q = _place(tile, tiles, num_p, num_q, offsets_ptr, GROUP)
-    begun = answered(answer, PRODUCERS)
-    if begun > 0:  # others were there before
-        tile += begun * (CHUNK * programs)
-        if tile >= tiles:
-            whose, tile = take_over(tiles, counters_ptr, CHUNK, PRODUCERS)
-        _, start, end, tile_p, tile_q = _place(tile, tiles, num_p, num_q, offsets_ptr, GROUP)
-    tell(news, 0, tile, 0, 0, 0)
-    chunks = 1
-    number = 0  # of the tile in its chunk
+    _, start, end, tile_p, tile_q = _place(gl.program_id(0), tiles, num_p, num_q, offsets_ptr, GROUP)
     p_slots = slots_of(start + lane, end, gather_ptr, P_DIVISOR)
     q_slots = slots_of(start + lane, end, gather_ptr, Q_DIVISOR)
     p_next = slots_of(start + BLOCK_M + lane, end, gather_ptr, P_DIVISOR)
     q_next = slots_of(start + BLOCK_M + lane, end, gather_ptr, Q_DIVISOR)
     step = 0
-    while tile < tiles:
-        if number == 0:
-            answer = ask(counters_ptr + CHUNKS + whose, PRODUCERS)
-        tile += programs
-        number += 1
-        if (number == CHUNK) | (tile >= tiles):
-            tile = whose + answered(answer, PRODUCERS) * (CHUNK * programs)
-            if tile >= tiles:
-                whose, tile = take_over(tiles, counters_ptr, CHUNK, PRODUCERS)
-            tell(news, chunks, tile, 0, 0, 0)
-            chunks += 1
-            number = 0
-        _, next_start, next_end, next_p, next_q = _place(tile, tiles, num_p, num_q, offsets_ptr, GROUP)
+    for tile in range(gl.program_id(0), tiles + gl.num_programs(0), gl.num_programs(0)):
+        following = tile + gl.num_programs(0)
+        _, next_start, next_end, next_p, next_q = _place(following, tiles, num_p, num_q, offsets_ptr, GROUP)
         steps = _steps(start, end, BLOCK_M)
         for index in range(steps):
             row = start + index * BLOCK_M
@@ -177,7 +137,6 @@ def _producer(
             p_next, q_next = p_last, q_last
             step += 1
         start, end, tile_p, tile_q = next_start, next_end, next_p, next_q
-    leave(counters_ptr, PRODUCERS)
 
 
 @gluon.jit
@@ -203,15 +162,13 @@ def _consumer(
     tables,
     sizes,
     ring,
-    news,
     outs,
     GATHERED: gl.constexpr,
     X_NARROW: gl.constexpr,
     GROUP: gl.constexpr,
-    CHUNK: gl.constexpr,
 ):
     """The first (WHICH 0) or the second half of each tile's narrow side."""
-    offsets_ptr = tables[0]
+    offsets_ptr, _ = tables
     num_experts, P, Q = sizes
     p_stages, q_stages, full, empty = ring
     DTYPE: gl.constexpr = p_stages.dtype
@@ -227,21 +184,13 @@ def _consumer(
     num_p = gl.cdiv(P, BLOCK_P)
     num_q = gl.cdiv(Q, BLOCK_Q)
     tiles = num_experts * num_p * num_q
-    tile, _, _, _ = told(news, 0)
-    chunks = 1
-    number = 0  # of the tile in its chunk
-    expert, start, end, tile_p, tile_q = _place(tile, tiles, num_p, num_q, offsets_ptr, GROUP)
+    expert, start, end, tile_p, tile_q = _place(gl.program_id(0), tiles, num_p, num_q, offsets_ptr, GROUP)
     finished = split_columns(gl.zeros([SIDE, BLOCK_Q], DTYPE, mma))
     place = (num_experts, 0, 0)  # past the end of the result: in the first turn nothing is stored
     step = 0
-    while tile < tiles:
-        tile += gl.num_programs(0)
-        number += 1
-        if (number == CHUNK) | (tile >= tiles):
-            tile, _, _, _ = told(news, chunks)
-            chunks += 1
-            number = 0
-        next_expert, next_start, next_end, next_p, next_q = _place(tile, tiles, num_p, num_q, offsets_ptr, GROUP)
+    for tile in range(gl.program_id(0), tiles + gl.num_programs(0), gl.num_programs(0)):
+        following = tile + gl.num_programs(0)
+        next_expert, next_start, next_end, next_p, next_q = _place(following, tiles, num_p, num_q, offsets_ptr, GROUP)
         acc = gl.zeros([SIDE, BLOCK_Q], gl.float32, mma)
         for turn in gl.static_range(LEAST):
             s = step % STAGES
@@ -272,8 +221,6 @@ def _consumer(
         finished = split_columns(acc.to(DTYPE))
         place = (expert, tile_p * BLOCK_P + WHICH * SIDE, tile_q * BLOCK_Q)
         expert, start, end, tile_p, tile_q = next_expert, next_start, next_end, next_p, next_q
-    for half in gl.static_range(2):
-        _store_half(finished[half], place, half, dw_desc, out, X_NARROW)
     tma.store_wait(0)
 
 
@@ -284,7 +231,6 @@ def _specialized_dW(
     dw_desc,
     p_ptr,
     q_ptr,
-    num_tiles_ptr,
     expert_offsets_ptr,
     gather_indices_ptr,
     num_experts,
@@ -300,7 +246,6 @@ def _specialized_dW(
     BLOCK_Q: gl.constexpr,
     STAGES: gl.constexpr,
     GROUP: gl.constexpr,
-    CHUNK: gl.constexpr,
     PRODUCERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
@@ -321,8 +266,7 @@ def _specialized_dW(
         mbarrier.init(full.index(s), count=1 + (32 * PRODUCERS if GATHERED else 0))
         mbarrier.init(empty.index(s), count=2)  # both consumers
     fence_async_shared()
-    news = make_news()
-    tables = (expert_offsets_ptr, gather_indices_ptr, num_tiles_ptr)
+    tables = (expert_offsets_ptr, gather_indices_ptr)
     # TMA needs rows of whole 16 bytes; said like this, the compiler knows it, and copies 16 bytes at a time
     sizes = (num_experts, P // 8 * 8, Q // 8 * 8)
     ring = (p_stages, q_stages, full, empty)
@@ -331,12 +275,9 @@ def _specialized_dW(
     second: gl.constexpr = 1
     gl.warp_specialize(
         [
-            (_consumer, (first, dw_desc, tables, sizes, ring, news, outs, GATHERED, X_NARROW, GROUP, CHUNK)),
-            (_consumer, (second, dw_desc, tables, sizes, ring, news, outs, GATHERED, X_NARROW, GROUP, CHUNK)),
-            (
-                _producer,
-                (inputs, tables, sizes, ring, news, P_DIVISOR, Q_DIVISOR, EVEN_P, EVEN_Q, GROUP, CHUNK, PRODUCERS),
-            ),
+            (_consumer, (first, dw_desc, tables, sizes, ring, outs, GATHERED, X_NARROW, GROUP)),
+            (_consumer, (second, dw_desc, tables, sizes, ring, outs, GATHERED, X_NARROW, GROUP)),
+            (_producer, (inputs, tables, sizes, ring, P_DIVISOR, Q_DIVISOR, EVEN_P, EVEN_Q, GROUP, PRODUCERS)),
         ],
         [4, PRODUCERS],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
@@ -366,20 +307,8 @@ def specialized_dW(
     launch(
         "dW",
         _specialized_dW,
-        (min(num_programs(x.device, rows.sm_margin), MOST_PROGRAMS, tiles),),
-        *(
-            p_desc,
-            q_desc,
-            dw_desc,
-            p,
-            q,
-            rows.table.num_tiles,
-            rows.expert_offsets,
-            rows.gather_indices,
-            experts,
-            p_size,
-            q_size,
-        ),
+        (min(num_programs(x.device, rows.sm_margin), tiles),),
+        *(p_desc, q_desc, dw_desc, p, q, rows.expert_offsets, rows.gather_indices, experts, p_size, q_size),
         P_DIVISOR=p_divisor,
         Q_DIVISOR=q_divisor,
         X_NARROW=x_narrow,
@@ -390,7 +319,6 @@ def specialized_dW(
         BLOCK_Q=q_block,
         STAGES=config.num_stages,
         GROUP=max(1, TOGETHER // cdiv(q_size, q_block)),
-        CHUNK=chunk(max(LEAST.value, rows.gather_indices.shape[0] // experts // config.block_m)),
         PRODUCER_REGISTERS=72,  # two steps of slots on each side
         CONSUMER_REGISTERS=216,
         **WARPS,

@@ -286,7 +286,7 @@ def producer(
     own = gl.minimum(tiles, programs) if CLAIM else tiles
     tile = begun * (CHUNK * programs) + gl.program_id(0)
     if (begun == 0) | (tile >= own):
-        _, tile = take_over(own, counters_ptr, CHUNK, PRODUCERS)
+        tile = take_over(own, counters_ptr, CHUNK, PRODUCERS)
     number = 0
     while tile < own:  # others' tiles: rarely, so without looking ahead
         expert, row0, row_end, tile_n = place_of(tile, tables, num_m, num_n, num_experts, 2 * ROWS, GROUP_M)
@@ -306,7 +306,7 @@ def producer(
         tile += programs
         number += 1
         if (number == CHUNK) | (tile >= own):
-            _, tile = take_over(own, counters_ptr, CHUNK, PRODUCERS)
+            tile = take_over(own, counters_ptr, CHUNK, PRODUCERS)
             number = 0
     tell(news, turn, 0, 0, 0, 0)  # the last tile is stored under a turn without products
     tell(news, turn + 1, -1, 0, 0, 0)

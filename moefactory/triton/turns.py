@@ -1,4 +1,4 @@
-"""Who computes which tile of a warp-specialised GEMM.
+"""Who computes which row tile of a warp-specialised GEMM.
 
 A GEMM is one program for each multiprocessor, which stays until the last tile. Program p's own tiles are p, p + P, and
 so on, for P programs: neighbours stay in step (`specialized`). But where another kernel holds a multiprocessor, as a
@@ -7,7 +7,8 @@ twice its time, for one such program as for thirty. So programs take their own t
 next chunk while they compute this one, and who has no more takes chunks that nobody has begun. All are busy until the
 end, whenever each of them began, and what a tile holds does not depend on who computes it.
 
-Where tiles are claimed from one counter for all (CLAIM), only a program's first tile is its own.
+Where tiles are claimed from one counter for all (CLAIM), only a program's first tile is its own. dW goes round in a
+fixed order: counted like this it took 2 to 7 % longer (LOG 87).
 
     counters of a launch   behind the number of tiles (`schedule`), 0 before it and after it: the last program to leave
                            sets them back
@@ -57,13 +58,12 @@ def answered(answer, WARPS: gl.constexpr):
 
 @gluon.jit
 def take_over(tiles, counters_ptr, CHUNK: gl.constexpr, WARPS: gl.constexpr):
-    """(whose, its first tile) of a chunk that nobody had begun; NONE, where there is none.
+    """The first tile of a chunk that nobody had begun; NONE, where there is none.
 
     Programs that look at the same time take from different ones, neighbours from neighbours: from the one whose number
     differs least from their own in its last five bits, since those that are missing follow one another.
     """
     programs = gl.num_programs(0)
-    whose = gl.program_id(0)
     tile = NONE + 0 * tiles
     nearest = 0
     while nearest < NONE:
@@ -77,7 +77,7 @@ def take_over(tiles, counters_ptr, CHUNK: gl.constexpr, WARPS: gl.constexpr):
             if first < tiles:  # else somebody was faster
                 tile = first
                 nearest = NONE + 0 * tiles
-    return whose, tile
+    return tile
 
 
 @gluon.jit
