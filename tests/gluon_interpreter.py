@@ -60,12 +60,15 @@ class Partition(threading.Thread):
 
 
 class Grid:
-    """The programs of a launch, all at once but for the last `held`, which begin when the others have ended: another
-    kernel holds their multiprocessors. `copies` counts each program's."""
+    """The programs of a launch, all at once but for the last `held`, whose multiprocessors another kernel holds: they
+    begin when the others have ended, or with `until` have asked for so many copies. `copies` counts each program's."""
 
-    def __init__(self, programs: int, seed: int, held: int = 0, copies: Counter[int] | None = None) -> None:
+    def __init__(
+        self, programs: int, seed: int, held: int = 0, until: int = 0, copies: Counter[int] | None = None
+    ) -> None:
         self.programs, self.draw, self.late = programs, random.Random(seed), seed % 2 == 1
         self.first_held, self.copies = programs - held, Counter[int]() if copies is None else copies
+        self.until = self.copies.total() + until if until else 2**62
         self.alive = Counter[int]()  # partitions
         self.waiting: list[Partition] = []
         self.flying: list[Callable[[], None]] = []  # copies that may land at any time
@@ -73,8 +76,9 @@ class Grid:
         self.barriers: list[Barrier] = []
         self.over = threading.Semaphore(0)
 
-    def others_ended(self) -> bool:
-        return not any(number for program, number in self.alive.items() if program < self.first_held)
+    def let_in(self) -> bool:
+        ended = not any(number for program, number in self.alive.items() if program < self.first_held)
+        return ended or self.copies.total() >= self.until
 
     def start(self, partitions: list[Partition]) -> None:
         self.waiting += partitions
@@ -487,8 +491,8 @@ def as_python(kernel: GluonJITFunction[Any]) -> Callable[..., Any]:
     return _run[id(kernel)][1]
 
 
-def launch(seed: int, held: int = 0, copies: Counter[int] | None = None) -> Callable[..., None]:
-    """What stands in for the package's `launch`: the whole grid, here; `held`, `copies`: see `Grid`."""
+def launch(seed: int, *neighbour: Any) -> Callable[..., None]:
+    """What stands in for the package's `launch`: the whole grid, here; `neighbour`: see `Grid`."""
 
     def run(name: str, kernel: GluonJITFunction[Any], size: tuple[int, ...], *args: Any, **meta: Any) -> None:
         def argument(value: Any) -> Any:
@@ -499,11 +503,11 @@ def launch(seed: int, held: int = 0, copies: Counter[int] | None = None) -> Call
 
         given = dict(zip(kernel.arg_names, map(argument, args), strict=False))
         given |= {name: value for name, value in meta.items() if name in kernel.arg_names}
-        grid = Grid(size[0], seed, held, copies)
+        grid = Grid(size[0], seed, *neighbour)
         body = as_python(kernel)
         programs = [Partition(grid, program, 4, lambda: body(**given)) for program in range(size[0])]
         for program in programs[grid.first_held :]:
-            program.ready = grid.others_ended
+            program.ready = grid.let_in
         grid.start(programs)
         grid.run()
 
@@ -511,14 +515,17 @@ def launch(seed: int, held: int = 0, copies: Counter[int] | None = None) -> Call
 
 
 @contextmanager
-def interpreted(monkeypatch: Any, programs: int = 3, seed: int = 0, held: int = 0) -> Iterator[Counter[int]]:
+def interpreted(
+    monkeypatch: Any, programs: int = 3, seed: int = 0, held: int = 0, until: int = 0
+) -> Iterator[Counter[int]]:
     """The warp-specialised kernels run here, in so many programs. `seed` draws who goes on and what lands when; with an
-    odd one nothing lands before somebody has to wait for it. `held`: see `Grid`. Gives the copies of each program."""
+    odd one nothing lands before somebody has to wait for it. `held` and `until`: see `Grid`. Gives the copies of each
+    program."""
     from moefactory.triton import specialized_dswiglu, specialized_dW, specialized_rows
 
     copies = Counter[int]()
     with monkeypatch.context() as patch:
         for module in (specialized_rows, specialized_dswiglu, specialized_dW):
-            patch.setattr(module, "launch", launch(seed, held, copies))
+            patch.setattr(module, "launch", launch(seed, held, until, copies))
             patch.setattr(module, "num_programs", lambda device, sm_margin: programs - sm_margin)
         yield copies

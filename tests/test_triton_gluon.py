@@ -19,7 +19,7 @@ import torch
 from fused import COMBINATIONS, Shape, flag_id, options, specialized_kernels
 from torch import Tensor
 
-from moefactory.triton import specialized, specialized_dswiglu, specialized_dW, specialized_rows
+from moefactory.triton import specialized, specialized_dswiglu, specialized_dW, specialized_rows, turns
 from moefactory.triton.backward_dX import dX_gemm_dswiglu
 from moefactory.triton.forward import Rows, forward_gemm
 from moefactory.triton.ops import experts_backward, experts_forward
@@ -156,13 +156,26 @@ def _zeros(rows: Rows) -> bool:
     return not bool(rows.table.num_tiles[1:].any())
 
 
-@pytest.mark.parametrize("held", [1, 3, 6])
+@pytest.mark.parametrize(
+    ("programs", "held", "until", "chunk"), [(7, 1, 0, 48), (7, 3, 0, 1), (7, 6, 0, 48), (2, 1, 60, 1), (3, 2, 40, 1)]
+)
 @pytest.mark.parametrize("claimed", [False, True], ids=["in turn", "claimed"])
 @pytest.mark.parametrize("shape", [SHAPES[0], HALVES], ids=str)
-def test_beside_a_neighbour(shape: Shape, claimed: bool, held: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another kernel holds the multiprocessors of some of seven programs until the others have ended: those compute the
-    missing ones' tiles, to the same bits, and the missing ones copy nothing and end. One program alone computes all."""
+def test_beside_a_neighbour(
+    shape: Shape,
+    claimed: bool,
+    programs: int,
+    held: int,
+    until: int,
+    chunk: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another kernel holds the multiprocessors of some programs until the others have ended: those compute the
+    missing ones' tiles, each once, to the same bits, and the missing ones copy nothing and end. One program alone
+    computes all. Or until some tiles are done: then others take what is left of a late one's while it computes. A chunk
+    is some tiles, or one."""
     fused.claim(monkeypatch, claimed)
+    monkeypatch.setattr(turns, "CHUNK_STEPS", chunk)
     p, rows = _rows(shape)
     h = torch.randn(rows.gather_indices.shape[0], 2 * shape.intermediate).bfloat16()
     weights = p.routing_weights.reshape(-1)
@@ -173,13 +186,14 @@ def test_beside_a_neighbour(shape: Shape, claimed: bool, held: int, monkeypatch:
         more = [forward_gemm(h, p.down_proj.repeat(1, 1, 2), rows, FORWARD, permute_y=y)[0] for y in (False, True)]
         return [t for t in (*up, *dx, *more) if t is not None]
 
-    with fused.surroundings(), gluon_interpreter.interpreted(monkeypatch, 7):
+    with fused.surroundings(), gluon_interpreter.interpreted(monkeypatch, programs) as alone:
         expected = all_four()
     for seed in SEEDS:
-        with fused.surroundings(), gluon_interpreter.interpreted(monkeypatch, 7, seed, held) as copies:
+        with fused.surroundings(), gluon_interpreter.interpreted(monkeypatch, programs, seed, held, until) as copies:
             got = all_four()
         assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
-        assert max(copies) < 7 - held
+        assert until or max(copies) < programs - held
+        assert copies.total() == alone.total()
         assert _zeros(rows)
 
 
