@@ -29,8 +29,8 @@ from moefactory.triton.search_space import refusals
 from moefactory.triton.specialized import descriptor, ragged
 
 pytestmark = pytest.mark.interpreter  # compiles without a GPU; what runs on one is in test_triton_gpu
-MAX_SPILLS = 120  # bytes a thread, stores and loads: a few scalars around the loops, and one for each sum over threads,
-# in which not all have a part; a spilled accumulator would be hundreds
+MAX_SPILLS = 80  # bytes a thread: a few scalars around the loops; a spilled accumulator would be hundreds
+OF_SUMS = 40  # more where tiles are counted: a register for each sum over threads in which not all have a part
 by_variant = pytest.mark.parametrize("variant", VARIANTS)
 
 
@@ -72,7 +72,8 @@ def test_fits_a_multiprocessor(variant: str, code: dict[str, dict[str, Any]]) ->
     assert found["shared memory"] <= MAX_SHARED_MEMORY
     warps = 16 if VARIANTS[variant].kernel == "dX_dswiglu" else 12
     assert found["options"] == {"num_warps": 4, "maxnreg": 65_536 // (32 * warps) // 8 * 8}
-    assert found["spills"] <= MAX_SPILLS
+    counts = not VARIANTS[variant].kernel.startswith("dW")
+    assert found["spills"] <= MAX_SPILLS + OF_SUMS * counts
 
 
 def _claims(variant: sm90.Variant) -> bool:

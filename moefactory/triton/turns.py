@@ -36,15 +36,15 @@ def chunk(steps: int) -> int:
 
 
 @gluon.jit
-def _threads(WARPS: gl.constexpr):
-    """The numbers of a partition's threads."""
-    return gl.arange(0, 32 * WARPS, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
+def _numbers(SIZE: gl.constexpr, WARPS: gl.constexpr):
+    """[SIZE], 0 and up, spread over the threads of WARPS warps."""
+    return gl.arange(0, SIZE, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
 
 
 @gluon.jit
 def ask(counter_ptr, WARPS: gl.constexpr):
     """Take a counter's next number; `answered` has it, for which nothing waits here. One thread of WARPS warps asks."""
-    thread = _threads(WARPS)
+    thread = _numbers(32 * WARPS, WARPS)
     one = (thread >= 0).to(gl.int32)
     # each thread at an address of its own: for the same one ptxas lets a warp ask together, and wait
     return gl.atomic_add(counter_ptr + thread, one, mask=thread == 0, sem="relaxed")
@@ -53,7 +53,7 @@ def ask(counter_ptr, WARPS: gl.constexpr):
 @gluon.jit
 def answered(answer, WARPS: gl.constexpr):
     """The number that was asked for."""
-    return gl.sum(gl.where(_threads(WARPS) == 0, answer, 0), axis=0)
+    return gl.sum(gl.where(_numbers(32 * WARPS, WARPS) == 0, answer, 0), axis=0)
 
 
 @gluon.jit
@@ -67,7 +67,7 @@ def take_over(tiles, counters_ptr, CHUNK: gl.constexpr, WARPS: gl.constexpr):
     tile = NONE + 0 * tiles
     nearest = 0
     while nearest < NONE:
-        word = gl.arange(0, PROGRAMS, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
+        word = _numbers(PROGRAMS, WARPS)
         taken = gl.load(counters_ptr + CHUNKS + word, mask=word < programs, other=0, volatile=True)
         waits = (word < programs) & (word + taken * (CHUNK * programs) < tiles)
         nearest = gl.min(gl.where(waits, ((word ^ gl.program_id(0)) & 31) * PROGRAMS + word, NONE), axis=0)
@@ -83,9 +83,9 @@ def take_over(tiles, counters_ptr, CHUNK: gl.constexpr, WARPS: gl.constexpr):
 @gluon.jit
 def leave(counters_ptr, WARPS: gl.constexpr):
     """The last program to be done sets the counters back."""
-    words = gl.arange(0, PROGRAMS, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
+    word = _numbers(PROGRAMS, WARPS)
     programs = gl.num_programs(0)
     last = answered(ask(counters_ptr + LEFT, WARPS), WARPS) == programs - 1
-    gl.store(counters_ptr + CHUNKS + words, 0, mask=(words < programs) & last)
-    gl.store(counters_ptr + CLAIMS + 0 * words, 0, mask=(words == 0) & last)
-    gl.store(counters_ptr + LEFT + 0 * words, 0, mask=(words == 0) & last)
+    gl.store(counters_ptr + CHUNKS + word, 0, mask=(word < programs) & last)
+    gl.store(counters_ptr + CLAIMS + 0 * word, 0, mask=(word == 0) & last)
+    gl.store(counters_ptr + LEFT + 0 * word, 0, mask=(word == 0) & last)
