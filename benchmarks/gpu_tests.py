@@ -1,8 +1,8 @@
 """Run the GPU tests and write down what passed: `python benchmarks/gpu_tests.py OUT.json [pytest arguments]`.
 
 Names of every case by file, the outcomes, what the tests measured themselves, and the sanitizers' verdicts
-(`benchmarks/sanitize.py`) unless the arguments contain `--no-sanitizer`. Told to end (SIGTERM, as by `timeout`), it
-writes down what has passed until then, and that it was cut off.
+(`benchmarks/sanitize.py`) unless the arguments contain `--no-sanitizer`. Why a test failed is printed. Told to end
+(SIGTERM, as by `timeout`), it writes down what has passed until then, and that it was cut off.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ FILES = (
     "tests/test_tune_verb.py",
 )
 RACE = re.compile(r"(Race reported|hazard).* at ")  # how racecheck says between which lines of a kernel
+HEADING = re.compile(r"^=+ (.*?) =+$")
 OUTCOMES = "PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS"
 OUTCOME = re.compile(rf"({OUTCOMES}) (tests/\S+?\.py)::(.*?) *$")  # of several workers, and at the end
 ALONE = re.compile(rf"^(tests/\S+?\.py)::(.*?) ({OUTCOMES}) .*\[ *\d+%\]$")
@@ -99,9 +100,12 @@ def main() -> int:
 
             signal.signal(signal.SIGTERM, end)
             assert run.stdout is not None
+            why = False
             for line in run.stdout:
                 lines.append(line)
-                if "PASSED" not in line and "::" in line:
+                if heading := HEADING.search(line):
+                    why = heading[1] in {"FAILURES", "ERRORS"}
+                if why or ("PASSED" not in line and "::" in line):
                     print(line, end="", flush=True)
         verdicts = sanitized.result() if sanitized and not cut_off else None
         reported = measured.read_text().splitlines() if measured.exists() else []

@@ -739,8 +739,9 @@ def test_beside_a_neighbour(flags: dict[str, bool], held: int) -> None:
     times over. It is told to end when the steps have ended, and is there at both ends of them."""
     block = block_of(**stated("specialized"), **flags)
     x, dy = tokens_of(700)
-    for _ in range(3):  # a kernel that is loaded waits for all that runs: none is left to be
+    for _ in range(3):  # a kernel that is loaded waits for all that runs, a neighbour too: none is left to be
         expected = step(block, x, dy)
+    torch.cuda._sleep(1)
     end = torch.ones(1, dtype=torch.int32, device="cuda")
     out = torch.empty(held, 8192, dtype=torch.int32, device="cuda")
     stream, done = torch.cuda.Stream(), torch.cuda.Event()
