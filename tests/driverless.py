@@ -153,6 +153,47 @@ def _tensors(experts: int, hidden: int, tokens: int) -> Any:
     return tuple(torch.randn(shape).bfloat16() for shape in shapes)
 
 
+def ahead(driver: Driver) -> dict[str, Any]:
+    """What three steps compile and launch in a process that has compiled nothing, of 24, 24 and 26 tokens, and what is
+    said of a kernel that does not compile."""
+    import threading
+
+    import torch
+    import triton
+    import triton.language as tl
+    from triton import knobs
+
+    from moefactory.triton import launch, lookup
+
+    @triton.jit
+    def refused(out, ONE: tl.constexpr):
+        tl.static_assert(ONE == 2, "one is not two")
+
+    compiled: list[tuple[str, bool, int]] = []
+
+    def heard(*, src: Any, cache_hit: bool, **more: Any) -> None:
+        mine = threading.current_thread() is threading.main_thread()
+        compiled.append((src.name, mine, driver.number("launches")))
+
+    found: dict[str, Any] = {}
+    knobs.compilation.listener = heard
+    for name, tokens in (("first", 24), ("again", 24), ("near", 26)):
+        compiled.clear()
+        before = driver.number("launches")
+        names = _whole(_tensors(4, 64, tokens), {})
+        launched = driver.number("launches") - before
+        found[name] = {"names": names, "launched": launched, "compiled": [(n, m, at - before) for n, m, at in compiled]}
+    knobs.compilation.listener = None
+    with launch.compiled_ahead():
+        launch.launch("refused", refused, (1,), torch.zeros(1), ONE=1)
+    try:
+        launch.launch("refused", refused, (1,), torch.zeros(1), ONE=1)
+    except triton.CompilationError as failed:
+        found["refused"] = str(failed).strip().splitlines()[-1]
+    lookup.forget()  # other cases begin anew
+    return found
+
+
 def same_parameters(driver: Driver) -> dict[str, bool]:
     """{launch: whether the driver is told what Triton tells it}, each looked at once its kernel is known."""
     import fused
@@ -167,6 +208,7 @@ def same_parameters(driver: Driver) -> dict[str, bool]:
         gate,
         gather,
         launch,
+        replay,
         router,
         schedule,
     )
@@ -193,6 +235,7 @@ def same_parameters(driver: Driver) -> dict[str, bool]:
     users = (activation, backward_dW, backward_dX, combine, decode, few_tokens, forward, gate, gather, router, schedule)
     for user in users:
         user.launch = comparing  # type: ignore[attr-defined]
+    compile_ahead, replay._compile_ahead = replay._compile_ahead, lambda *call: None  # there nothing is launched
     for flags in (fused.COMBINATIONS[0], fused.COMBINATIONS[-1]):
         options = {**flags, "kernels": fused.tma_kernels(flags)}
         _step(**options)
@@ -201,6 +244,7 @@ def same_parameters(driver: Driver) -> dict[str, bool]:
     decode.decode(_tensors(4, 64, 2), 2, True)
     for user in users:
         user.launch = real  # type: ignore[attr-defined]
+    replay._compile_ahead = compile_ahead
     return found
 
 
@@ -353,6 +397,7 @@ def moved(driver: Driver) -> dict[str, str]:
 
 
 CASES: dict[str, Callable[[Driver], Any]] = {
+    "ahead": ahead,
     "same parameters": same_parameters,
     "descriptors": descriptors,
     "hooks": hooks,

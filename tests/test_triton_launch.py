@@ -34,6 +34,26 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.mark.interpreter
 @no_compiler
+def test_what_is_missing_is_compiled_before_the_first_launch(found: dict[str, Any]) -> None:
+    """A step in a process that has compiled nothing: a forward's kernels all together before the first of them is
+    launched, and a backward's, none by the thread that calls, each once; as many launches as later steps have. Other
+    numbers of tokens want other kernels: 26 x 2 rows are no multiple of 16, 24 x 2 are. A kernel that does not compile
+    is not spoken of before it is launched, and then in Triton's own words."""
+    ahead = found["ahead"]
+    first, again, near = ahead["first"], ahead["again"], ahead["near"]
+    forward = first["names"].index("combine") + 1
+    assert {begun for _, _, begun in first["compiled"]} == {0, forward}
+    assert [begun for *_, begun in first["compiled"]].count(0) == forward
+    assert len(first["compiled"]) == first["launched"] == len(first["names"]) == 12
+    assert again["launched"] == near["launched"] == 12
+    assert again["compiled"] == []
+    assert {name for name, _, _ in near["compiled"]} == {"_grouped_dX"}
+    assert not any(mine for one in (first, near) for _, mine, _ in one["compiled"])
+    assert ahead["refused"] == "one is not two"
+
+
+@pytest.mark.interpreter
+@no_compiler
 def test_the_driver_is_told_what_triton_tells_it(found: dict[str, Any]) -> None:
     """Function, stream, grid, block, shared memory and every parameter, byte for byte, tensor maps among them."""
     kernels = {"tile_table", "forward_up", "forward", "combine", "dX_dswiglu", "dX", "dW", "gather_rows"}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from threading import get_ident
@@ -25,6 +27,8 @@ Watcher = Callable[[str, Direct | None, tuple[int, ...], tuple[Any, ...]], None]
 _recorders: list[list[str]] = []
 _rounding: list[bool] = []
 _watchers: dict[int, Watcher] = {}
+_ahead: set[int] = set()
+MAX_COMPILERS = 8  # threads: a step launches some ten kernels, of which four take most of the time
 _compiled: dict[tuple[Any, ...], _Compiled] = {}
 MAX_CHECKED = 4096
 _checked: dict[tuple[Any, ...], dict[str, Any]] = {}
@@ -51,6 +55,21 @@ def watched(watcher: Watcher) -> Iterator[None]:
         del _watchers[get_ident()]
 
 
+@contextmanager
+def compiled_ahead() -> Iterator[None]:
+    """Within, this thread's launches run nothing. Kernels that are not compiled yet are, several at a time, by the end.
+
+    What does not compile is left to the launch that needs it, and its error.
+    """
+    workers = ThreadPoolExecutor(min(MAX_COMPILERS, os.cpu_count() or 1), "moefactory-compiles")
+    with workers, triton.AsyncCompileMode(workers, ignore_errors=True):
+        _ahead.add(get_ident())
+        try:
+            yield
+        finally:
+            _ahead.discard(get_ident())
+
+
 class _Compiled(NamedTuple):
     """A kernel compiled for what its arguments are."""
 
@@ -67,6 +86,9 @@ def launch(name: str, kernel: Any, grid: tuple[int, ...], *args: Any, **meta: An
     kept here with the compiled kernel, which is then launched by `direct`: dtypes, alignment, and integers that are 1
     or multiples of 16.
     """
+    if _ahead and get_ident() in _ahead:
+        kernel.warmup(*args, grid=grid, **meta)
+        return
     for names in _recorders:
         names.append(name)
     if not isinstance(kernel, JITFunction):  # interpreted
@@ -210,6 +232,7 @@ def descriptor(tensor: Tensor, block: list[int]) -> TensorDescriptor:
 __all__ = [
     "accumulator",
     "cdiv",
+    "compiled_ahead",
     "descriptor",
     "interpreting",
     "laid_out",

@@ -6,6 +6,10 @@ third on its tape is played: memory is asked for as before (scratch of up to 32 
 are called as before, and each launch is one C function with addresses filled in. A tape holds no tensors and no
 addresses.
 
+Before the first call of a kind its code runs once with launches that only compile, on several of the host's cores: one
+after the other, as each is met, a step's kernels take two to three times as long. What else that run computes is
+thrown away; nothing in it depends on what a kernel would have written.
+
 The ordinary code stays what is read and what runs: at the first call of a kind, in the interpreter, under hooks of
 Triton's, and wherever a recording meets something that it does not know.
 """
@@ -23,13 +27,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..machine import interpreting
 from .direct import Direct, hooked
-from .launch import on_device, watched
+from .launch import compiled_ahead, on_device, watched
 from .tape import Event, Made, Place, Slot, Tape, compose
 
 MAX_TAPES = 2048  # some 10 KiB each
 ALLOCATING = {"aten::empty.memory_format", "aten::empty_like", "aten::new_empty"}
 _NEW, _SEEN, _NEVER = "new", "seen", "never"
 _tapes: dict[tuple[Any, ...], Any] = {}
+_met: set[tuple[Any, ...]] = set()
 
 
 def replayed(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -71,16 +76,39 @@ def replayed(function: Callable[..., Any]) -> Callable[..., Any]:
             return result
         if tape is _NEW:
             if len(_tapes) >= MAX_TAPES:
-                _tapes.clear()
+                forget()
             _tapes[kind] = _SEEN
+            _compile_ahead(function, args, device)
         return function(*args)
 
     return run
 
 
+def _compile_ahead(function: Callable[..., Any], args: tuple[Any, ...], device: torch.device) -> None:
+    """Compile what a call launches, unless its like has been met before.
+
+    Alike are numbers of rows with the same power of two below them, and the same one that divides them, up to 16:
+    kernels are chosen by the one and compiled for the other.
+
+    Not where a graph is captured, which would hold what torch computes here, nor under hooks, which hear of kernels.
+    """
+    key = [arg if not isinstance(arg, list) else tuple(arg) for arg in args if not isinstance(arg, Tensor)]
+    for arg in args:
+        if isinstance(arg, Tensor):
+            key += [arg.dtype, *[(size.bit_length(), min(size & -size, 16)) for size in arg.shape[:1]], *arg.shape[1:]]
+    kind = (function, device, *key)
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if kind in _met or capturing or hooked():
+        return
+    _met.add(kind)
+    with compiled_ahead():
+        function(*args)
+
+
 def forget() -> None:
     """Record anew: other kernel configs may be chosen from now on."""
     _tapes.clear()
+    _met.clear()
 
 
 class Recorder(TorchDispatchMode):

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +23,7 @@ from ..routing import make_plan
 from . import cache
 from .choice import Launch, _capability
 from .explain import launches
-from .launch import interpreting
+from .launch import compiled_ahead, interpreting
 from .lookup import Result, keep, known
 from .probe import Problem, complaint, integer_problem, runner, shapes, truth
 from .search_space import candidates
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from ..block import Qwen3MoeFusedGroupedGEMMBlock
 
 FINALISTS = 4  # timed once more, one after the other: a GPU's clock drifts by some percent during a search
+TOGETHER = 8  # candidates compiled at a time: more, and the first of them is long in coming
 TIE = 1.01  # of configs this close to the fastest, the one nearest to the shipped choice wins
 
 Run = Callable[[], Any]
@@ -189,7 +191,9 @@ def _search(timed: Problem, device: torch.device, timer: Timer, tell: Callable[[
     small = integer_problem(launch, max(config.block_m for config in choices), device)
     expected = truth(small)
     rows = []
-    for config in choices:
+    for place, config in enumerate(choices):
+        if place % TOGETHER == 0:
+            _compile(choices[place : place + TOGETHER], (small, timed))
         row = _judged(timed, config, timer, lambda config: complaint(small, config, expected))
         rows.append(replace(row, shipped=config == choices[0]))
         tell(rows[-1])
@@ -199,6 +203,16 @@ def _search(timed: Problem, device: torch.device, timer: Timer, tell: Callable[[
         if row.winner and row.ms:
             keep(launch, device, Result(row.config, row.ms, rows[0].ms))
     return rows
+
+
+def _compile(configs: Sequence[KernelConfig], problems: tuple[Problem, ...]) -> None:
+    """Compile what these configs launch, several at a time. What cannot be is struck out where it is judged."""
+    if interpreting():
+        return
+    with compiled_ahead():
+        for config, problem in product(configs, problems):
+            with suppress(Exception):
+                runner(problem, config)()
 
 
 def _judged(
