@@ -154,8 +154,10 @@ def _tensors(experts: int, hidden: int, tokens: int) -> Any:
 
 
 def ahead(driver: Driver) -> dict[str, Any]:
-    """What three steps compile and launch in a process that has compiled nothing, of 24, 24 and 26 tokens, and what is
-    said of a kernel that does not compile."""
+    """What three steps compile and launch in a process that has compiled nothing, of 24, 24 and 26 tokens, what is said
+    of a kernel that does not compile, and how many launches there are after an interrupt and a failure that passes."""
+    import _thread
+    import contextlib
     import threading
 
     import torch
@@ -167,13 +169,19 @@ def ahead(driver: Driver) -> dict[str, Any]:
 
     @triton.jit
     def refused(out, ONE: tl.constexpr):
-        tl.static_assert(ONE == 2, "one is not two")
+        tl.static_assert(ONE != 1, "one is not two")
 
     compiled: list[tuple[str, bool, int]] = []
 
     def heard(*, src: Any, cache_hit: bool, **more: Any) -> None:
         mine = threading.current_thread() is threading.main_thread()
         compiled.append((src.name, mine, driver.number("launches")))
+
+    def failed_once(**compiled: Any) -> None:
+        raise MemoryError
+
+    def interrupted(**compiled: Any) -> None:
+        _thread.interrupt_main()  # as by Ctrl-C: whoever compiles goes on
 
     found: dict[str, Any] = {}
     knobs.compilation.listener = heard
@@ -184,12 +192,25 @@ def ahead(driver: Driver) -> dict[str, Any]:
         launched = driver.number("launches") - before
         found[name] = {"names": names, "launched": launched, "compiled": [(n, m, at - before) for n, m, at in compiled]}
     knobs.compilation.listener = None
-    with launch.compiled_ahead():
-        launch.launch("refused", refused, (1,), torch.zeros(1), ONE=1)
+
+    def run(one: int) -> None:
+        launch.launch("refused", refused, (1,), torch.zeros(1), ONE=one)
+
+    launch.compile_ahead(lambda: run(1))
     try:
-        launch.launch("refused", refused, (1,), torch.zeros(1), ONE=1)
+        run(1)
     except triton.CompilationError as failed:
         found["refused"] = str(failed).strip().splitlines()[-1]
+    for constant, trouble in ((2, interrupted), (3, failed_once)):
+        knobs.compilation.listener = trouble
+        with contextlib.suppress(KeyboardInterrupt):
+            launch.compile_ahead(lambda constant=constant: run(constant))
+            found[f"no interrupt by {trouble.__name__}"] = True
+        knobs.compilation.listener = None
+        before = driver.number("launches")
+        launch.compile_ahead(lambda constant=constant: run(constant))
+        run(constant)
+        found[f"launched after {trouble.__name__}"] = driver.number("launches") - before
     lookup.forget()  # other cases begin anew
     return found
 
@@ -235,7 +256,7 @@ def same_parameters(driver: Driver) -> dict[str, bool]:
     users = (activation, backward_dW, backward_dX, combine, decode, few_tokens, forward, gate, gather, router, schedule)
     for user in users:
         user.launch = comparing  # type: ignore[attr-defined]
-    compile_ahead, replay._compile_ahead = replay._compile_ahead, lambda *call: None  # there nothing is launched
+    prepare, replay._prepare = replay._prepare, lambda *call: None  # there nothing is launched
     for flags in (fused.COMBINATIONS[0], fused.COMBINATIONS[-1]):
         options = {**flags, "kernels": fused.tma_kernels(flags)}
         _step(**options)
@@ -244,7 +265,7 @@ def same_parameters(driver: Driver) -> dict[str, bool]:
     decode.decode(_tensors(4, 64, 2), 2, True)
     for user in users:
         user.launch = real  # type: ignore[attr-defined]
-    replay._compile_ahead = compile_ahead
+    replay._prepare = prepare
     return found
 
 

@@ -47,7 +47,7 @@ from moefactory.numerics.oracle import float64_block
 from moefactory.reference import ExpertOptions
 from moefactory.reference import compute_experts as torch_experts
 from moefactory.triton import launch as launching
-from moefactory.triton import pipeline
+from moefactory.triton import pipeline, replay
 from moefactory.triton.choice import choose
 from moefactory.triton.explain import launches
 from moefactory.triton.gate import MAX_TOKENS
@@ -469,6 +469,7 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[list[Any], list[tup
 
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "choose", choosing)
+        patch.setattr(replay, "_prepare", lambda *call: None)  # where launches must not run, these would
         for module in ("forward", "backward_dX", "backward_dW"):
             path = f"moefactory.triton.{module}.launch"
 

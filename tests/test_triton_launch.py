@@ -38,7 +38,8 @@ def test_what_is_missing_is_compiled_before_the_first_launch(found: dict[str, An
     """A step in a process that has compiled nothing: a forward's kernels all together before the first of them is
     launched, and a backward's, none by the thread that calls, each once; as many launches as later steps have. Other
     numbers of tokens want other kernels: 26 x 2 rows are no multiple of 16, 24 x 2 are. A kernel that does not compile
-    is not spoken of before it is launched, and then in Triton's own words."""
+    is not spoken of before it is launched, and then in Triton's own words. After an interrupt, and after a failure that
+    was not the kernel's, it is compiled and launched."""
     ahead = found["ahead"]
     first, again, near = ahead["first"], ahead["again"], ahead["near"]
     forward = first["names"].index("combine") + 1
@@ -50,6 +51,8 @@ def test_what_is_missing_is_compiled_before_the_first_launch(found: dict[str, An
     assert {name for name, _, _ in near["compiled"]} == {"_grouped_dX"}
     assert not any(mine for one in (first, near) for _, mine, _ in one["compiled"])
     assert ahead["refused"] == "one is not two"
+    assert "no interrupt by interrupted" not in ahead
+    assert ahead["launched after interrupted"] == ahead["launched after failed_once"] == 1
 
 
 @pytest.mark.interpreter

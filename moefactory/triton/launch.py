@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import copy_context
 from functools import cache
 from threading import get_ident
 from typing import Any, NamedTuple
@@ -27,7 +28,7 @@ Watcher = Callable[[str, Direct | None, tuple[int, ...], tuple[Any, ...]], None]
 _recorders: list[list[str]] = []
 _rounding: list[bool] = []
 _watchers: dict[int, Watcher] = {}
-_ahead: set[int] = set()
+_ahead: dict[int, list[tuple[Any, Any]]] = {}  # by thread: (kernel, what Triton answered)
 MAX_COMPILERS = 8  # threads: a step launches some ten kernels, of which four take most of the time
 _compiled: dict[tuple[Any, ...], _Compiled] = {}
 MAX_CHECKED = 4096
@@ -55,19 +56,32 @@ def watched(watcher: Watcher) -> Iterator[None]:
         del _watchers[get_ident()]
 
 
-@contextmanager
-def compiled_ahead() -> Iterator[None]:
-    """Within, this thread's launches run nothing. Kernels that are not compiled yet are, several at a time, by the end.
+def compile_ahead(run: Callable[[], Any]) -> None:
+    """Call `run` with launches that run nothing; by the end the kernels that it lacked are compiled, several at a time.
 
     What does not compile is left to the launch that needs it, and its error.
     """
+    copy_context().run(_compile_ahead, run)  # Triton's mode would outlive an interrupt: in a copy it ends with the call
+
+
+def _compile_ahead(run: Callable[[], Any]) -> None:
+    asked = _ahead[get_ident()] = []
     workers = ThreadPoolExecutor(min(MAX_COMPILERS, os.cpu_count() or 1), "moefactory-compiles")
-    with workers, triton.AsyncCompileMode(workers, ignore_errors=True):
-        _ahead.add(get_ident())
-        try:
-            yield
-        finally:
-            _ahead.discard(get_ident())
+    try:
+        with workers, triton.AsyncCompileMode(workers, ignore_errors=True):
+            run()
+    finally:
+        del _ahead[get_ident()]
+        for kernel, answer in asked:
+            if isinstance(answer, triton.FutureKernel) and answer.kernel is None:
+                _forget(kernel, answer)
+
+
+def _forget(kernel: Any, answer: Any) -> None:
+    """Let Triton compile a kernel again: it would keep the failure, which may have been for want of memory."""
+    for known, *_ in kernel.device_caches.values():
+        for key in [key for key, value in known.items() if value is answer]:
+            del known[key]
 
 
 class _Compiled(NamedTuple):
@@ -86,8 +100,8 @@ def launch(name: str, kernel: Any, grid: tuple[int, ...], *args: Any, **meta: An
     kept here with the compiled kernel, which is then launched by `direct`: dtypes, alignment, and integers that are 1
     or multiples of 16.
     """
-    if _ahead and get_ident() in _ahead:
-        kernel.warmup(*args, grid=grid, **meta)
+    if _ahead and (asked := _ahead.get(get_ident())) is not None:
+        asked.append((kernel, kernel.warmup(*args, grid=grid, **meta)))
         return
     for names in _recorders:
         names.append(name)
@@ -232,7 +246,7 @@ def descriptor(tensor: Tensor, block: list[int]) -> TensorDescriptor:
 __all__ = [
     "accumulator",
     "cdiv",
-    "compiled_ahead",
+    "compile_ahead",
     "descriptor",
     "interpreting",
     "laid_out",

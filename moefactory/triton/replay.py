@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..machine import interpreting
 from .direct import Direct, hooked
-from .launch import compiled_ahead, on_device, watched
+from .launch import compile_ahead, on_device, watched
 from .tape import Event, Made, Place, Slot, Tape, compose
 
 MAX_TAPES = 2048  # some 10 KiB each
@@ -78,13 +78,13 @@ def replayed(function: Callable[..., Any]) -> Callable[..., Any]:
             if len(_tapes) >= MAX_TAPES:
                 forget()
             _tapes[kind] = _SEEN
-            _compile_ahead(function, args, device)
+            _prepare(function, args, device)
         return function(*args)
 
     return run
 
 
-def _compile_ahead(function: Callable[..., Any], args: tuple[Any, ...], device: torch.device) -> None:
+def _prepare(function: Callable[..., Any], args: tuple[Any, ...], device: torch.device) -> None:
     """Compile what a call launches, unless its like has been met before.
 
     Alike are numbers of rows with the same power of two below them, and the same one that divides them, up to 16:
@@ -101,8 +101,7 @@ def _compile_ahead(function: Callable[..., Any], args: tuple[Any, ...], device: 
     if kind in _met or capturing or hooked():
         return
     _met.add(kind)
-    with compiled_ahead():
-        function(*args)
+    compile_ahead(lambda: function(*args))
 
 
 def forget() -> None:

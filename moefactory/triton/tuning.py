@@ -23,7 +23,7 @@ from ..routing import make_plan
 from . import cache
 from .choice import Launch, _capability
 from .explain import launches
-from .launch import compiled_ahead, interpreting
+from .launch import compile_ahead, interpreting
 from .lookup import Result, keep, known
 from .probe import Problem, complaint, integer_problem, runner, shapes, truth
 from .search_space import candidates
@@ -207,12 +207,14 @@ def _search(timed: Problem, device: torch.device, timer: Timer, tell: Callable[[
 
 def _compile(configs: Sequence[KernelConfig], problems: tuple[Problem, ...]) -> None:
     """Compile what these configs launch, several at a time. What cannot be is struck out where it is judged."""
-    if interpreting():
-        return
-    with compiled_ahead():
+
+    def run() -> None:
         for config, problem in product(configs, problems):
             with suppress(Exception):
                 runner(problem, config)()
+
+    if not interpreting():
+        compile_ahead(run)
 
 
 def _judged(
