@@ -31,7 +31,6 @@ SPEED = {  # GPU -> its results of block.py and of first_forward.py
     for gpu, end in (("H200", ""), ("H100", "_h100"))
 }
 BESIDE = ROOT / "benchmarks" / "results" / "beside.json"
-BESIDE_SHARED = ROOT / "benchmarks" / "results" / "beside_shared.json"
 BENCH = ROOT / "benchmarks" / "results" / "bench_30b.json"
 
 MEANINGS = {
@@ -209,24 +208,19 @@ def peers() -> str:
 
 
 def beside() -> str:
-    """Block and dense products beside a kernel that holds multiprocessors, at the most tokens of ``beside.py``; the
-    forward also of the version that shares tiles."""
-    result, shared = json.loads(BESIDE.read_text()), json.loads(BESIDE_SHARED.read_text())
-    case = ("model", "tokens", "held", "margin")
-    forward = {tuple(row[name] for name in case): row["forward_ms"] for row in shared["rows"]}
+    """Block and dense products beside a kernel that holds multiprocessors, at the most tokens of ``beside.py``."""
+    result = json.loads(BESIDE.read_text())
     most = max(row["tokens"] for row in result["rows"])
     lines = [
         (
             row["model"], str(row["held"]), str(row["margin"]),
-            f"{forward[tuple(row[name] for name in case)]:.2f}",
             f"{row['forward_ms']:.2f}", f"{row['step_ms']:.2f}", f"{row['dense_step_ms']:.2f}",
         )
         for row in result["rows"] if row["tokens"] == most
     ]  # fmt: skip
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items() if name != "commit")
-    before, since = (one["versions"]["commit"][:7] for one in (result, shared))
-    head = ("model", "held", "`sm_margin`", "forward ms", "before: forward ms", "before: step ms", "before: dense ms")
-    return f"{versions}, commit `{since}`, before: `{before}`:\n\n{table(head, lines)}"
+    head = ("model", "held", "`sm_margin`", "forward ms", "step ms", "dense ms")
+    return f"{versions}, commit `{result['versions']['commit'][:7]}`:\n\n{table(head, lines)}"
 
 
 _COLUMNS = ("median", "least", "most")
