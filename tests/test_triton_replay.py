@@ -60,7 +60,11 @@ Call = Callable[..., Any]
 
 @pytest.fixture
 def playing(monkeypatch: pytest.MonkeyPatch) -> Callable[[Call], tuple[Call, list[int]]]:
-    """Turns a function into (the replayed function, a list that grows whenever the function itself runs)."""
+    """Turns a function into (the replayed function, a list that grows whenever the function itself runs).
+
+    None is run ahead of its first call: `run` below would launch.
+    """
+    monkeypatch.setattr(replay, "_prepare", lambda *call: None)
     monkeypatch.setattr(replay, "interpreting", lambda: False)
     monkeypatch.setattr(tape, "current_stream", lambda device: 0)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -100,6 +104,41 @@ def spread(a: Tensor, none: None, b: Tensor) -> Tensor:
 def pair(seed: int) -> tuple[Tensor, Tensor]:
     g = torch.Generator().manual_seed(seed)
     return torch.randn(SIZE, generator=g), torch.randn(SIZE, generator=g)
+
+
+@pytest.mark.interpreter
+def test_what_is_run_ahead_to_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before its first call, a kind whose like has not been: rows with another power of two below them or that divides
+    them, up to 16, another width, dtype or flag. Not under Triton's hooks, which would hear of kernels; once more after
+    other kernel configs may have been chosen."""
+    ahead: list[Call] = []
+    monkeypatch.setattr(replay, "interpreting", lambda: False)
+    monkeypatch.setattr(replay, "compile_ahead", ahead.append)
+    monkeypatch.setattr(tape, "current_stream", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    played = replayed(lambda x, flag: x)
+
+    def runs(rows: int, width: int = 3, flag: bool = True, dtype: torch.dtype = torch.float32) -> bool:
+        before = len(ahead)
+        played(torch.zeros(rows, width, dtype=dtype), flag)
+        return len(ahead) > before
+
+    assert [runs(rows) for rows in (32, 32, 48, 64, 40, 56, 36, 34, 33, 63, 1, 0)] == [
+        *(True, False, False),  # 48 is like 32
+        *(True, True, False),  # 64: another power; 40 and 56 are multiples of 8 alone
+        *(True, True, True, False),  # of 4, of 2, of none
+        *(True, True),
+    ]
+    assert runs(32, width=4)
+    assert runs(32, flag=False)
+    assert runs(32, dtype=torch.float64)
+    assert not runs(32)
+    lookup.forget()
+    monkeypatch.setattr(replay, "hooked", lambda: True)
+    assert not runs(32)
+    monkeypatch.setattr(replay, "hooked", lambda: False)
+    assert not runs(32)  # no longer its first call
+    assert runs(48)
 
 
 @pytest.mark.interpreter
