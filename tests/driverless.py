@@ -155,10 +155,12 @@ def _tensors(experts: int, hidden: int, tokens: int) -> Any:
 
 def ahead(driver: Driver) -> dict[str, Any]:
     """What three steps compile and launch in a process that has compiled nothing, of 24, 24 and 26 tokens, what is said
-    of a kernel that does not compile, and how many launches there are after an interrupt and a failure that passes."""
+    of a kernel that does not compile, and how many launches there are after interrupts and failures that pass."""
     import _thread
     import contextlib
     import threading
+    from concurrent.futures import ThreadPoolExecutor
+    from unittest import mock
 
     import torch
     import triton
@@ -171,11 +173,10 @@ def ahead(driver: Driver) -> dict[str, Any]:
     def refused(out, ONE: tl.constexpr):
         tl.static_assert(ONE != 1, "one is not two")
 
-    compiled: list[tuple[str, bool, int]] = []
+    compiled: list[tuple[str, str, int]] = []
 
     def heard(*, src: Any, cache_hit: bool, **more: Any) -> None:
-        mine = threading.current_thread() is threading.main_thread()
-        compiled.append((src.name, mine, driver.number("launches")))
+        compiled.append((src.name, threading.current_thread().name, driver.number("launches")))
 
     def failed_once(**compiled: Any) -> None:
         raise MemoryError
@@ -211,7 +212,29 @@ def ahead(driver: Driver) -> dict[str, Any]:
         launch.compile_ahead(lambda constant=constant: run(constant))
         run(constant)
         found[f"launched after {trouble.__name__}"] = driver.number("launches") - before
+
+    def interrupting(*args: Any) -> Any:
+        raise KeyboardInterrupt
+
+    def no_threads(thread: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with mock.patch.object(launch, "ThreadPoolExecutor", interrupting), contextlib.suppress(KeyboardInterrupt):
+        _whole(_tensors(4, 72, 24), {})
+        found["no interrupt at its start"] = True
+    with mock.patch.object(threading.Thread, "start", no_threads), torch.autograd.set_multithreading_enabled(False):
+        before = driver.number("launches")
+        names = _whole(_tensors(4, 72, 24), {})
+        names += _whole(_tensors(4, 80, 24), {})
+        found["launched without threads"] = (len(names), driver.number("launches") - before)
+    with ThreadPoolExecutor(1) as workers, triton.AsyncCompileMode(workers):
+        before = driver.number("launches")
+        names = _whole(_tensors(4, 88, 24), {})
+        with mock.patch.object(launch, "direct", lambda *kernel: None):  # then it is kept as Triton gives it
+            run(4), run(4)
+        found["launched in a mode of the caller's"] = (len(names), driver.number("launches") - before)
     lookup.forget()  # other cases begin anew
+    launch._compiled.clear()
     return found
 
 

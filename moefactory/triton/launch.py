@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from contextvars import copy_context
+from contextvars import Context, ContextVar
 from functools import cache
 from threading import get_ident
 from typing import Any, NamedTuple
@@ -28,7 +28,7 @@ Watcher = Callable[[str, Direct | None, tuple[int, ...], tuple[Any, ...]], None]
 _recorders: list[list[str]] = []
 _rounding: list[bool] = []
 _watchers: dict[int, Watcher] = {}
-_ahead: dict[int, list[tuple[Any, Any]]] = {}  # by thread: (kernel, what Triton answered)
+_ahead: ContextVar[list[tuple[Any, Any]] | None] = ContextVar("ahead", default=None)  # (kernel, what Triton answered)
 MAX_COMPILERS = 8  # threads: a step launches some ten kernels, of which four take most of the time
 _compiled: dict[tuple[Any, ...], _Compiled] = {}
 MAX_CHECKED = 4096
@@ -61,17 +61,17 @@ def compile_ahead(run: Callable[[], Any]) -> None:
 
     What does not compile is left to the launch that needs it, and its error.
     """
-    copy_context().run(_compile_ahead, run)  # Triton's mode would outlive an interrupt: in a copy it ends with the call
+    Context().run(_compile_ahead, run)  # modes, Triton's and ours, end with it, also where an interrupt ends it
 
 
 def _compile_ahead(run: Callable[[], Any]) -> None:
-    asked = _ahead[get_ident()] = []
-    workers = ThreadPoolExecutor(min(MAX_COMPILERS, os.cpu_count() or 1), "moefactory-compiles")
+    asked: list[tuple[Any, Any]] = []
+    _ahead.set(asked)
+    workers = ThreadPoolExecutor(min(MAX_COMPILERS, len(os.sched_getaffinity(0))), "moefactory-compiles")
     try:
         with workers, triton.AsyncCompileMode(workers, ignore_errors=True):
             run()
     finally:
-        del _ahead[get_ident()]
         for kernel, answer in asked:
             if isinstance(answer, triton.FutureKernel) and answer.kernel is None:
                 _forget(kernel, answer)
@@ -100,7 +100,7 @@ def launch(name: str, kernel: Any, grid: tuple[int, ...], *args: Any, **meta: An
     kept here with the compiled kernel, which is then launched by `direct`: dtypes, alignment, and integers that are 1
     or multiples of 16.
     """
-    if _ahead and (asked := _ahead.get(get_ident())) is not None:
+    if (asked := _ahead.get()) is not None:
         asked.append((kernel, kernel.warmup(*args, grid=grid, **meta)))
         return
     for names in _recorders:
@@ -133,6 +133,8 @@ def launch(name: str, kernel: Any, grid: tuple[int, ...], *args: Any, **meta: An
         watcher(name, known.direct if known else None, grid, args)
     if known is None:
         compiled = kernel[grid](*args, **meta)
+        if isinstance(compiled, triton.FutureKernel):  # another thread compiles it ahead
+            compiled = compiled.result()
         constants = tuple(meta[parameter] for parameter in kernel.arg_names[len(args) :])
         _compiled[tuple(key)] = _Compiled(kernel, compiled, constants, direct(compiled, constants))
     elif hooked():

@@ -6,9 +6,9 @@ third on its tape is played: memory is asked for as before (scratch of up to 32 
 are called as before, and each launch is one C function with addresses filled in. A tape holds no tensors and no
 addresses.
 
-Before the first call of a kind its code runs once with launches that only compile, on several of the host's cores: one
-after the other, as each is met, a step's kernels take two to three times as long. What else that run computes is
-thrown away; nothing in it depends on what a kernel would have written.
+Before its first call of a kind an operator's code runs once with launches that only compile, on several of the host's
+cores: one after the other, as each is met, a step's kernels take nearly twice as long. What else that run computes is
+thrown away; nothing in it depends on what a kernel would have written. What it misses is compiled where it is launched.
 
 The ordinary code stays what is read and what runs: at the first call of a kind, in the interpreter, under hooks of
 Triton's, and wherever a recording meets something that it does not know.
@@ -19,6 +19,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -87,21 +88,27 @@ def replayed(function: Callable[..., Any]) -> Callable[..., Any]:
 def _prepare(function: Callable[..., Any], args: tuple[Any, ...], device: torch.device) -> None:
     """Compile what a call launches, unless its like has been met before.
 
-    Alike are numbers of rows with the same power of two below them, and the same one that divides them, up to 16:
-    kernels are chosen by the one and compiled for the other.
+    Alike are numbers of rows with the same power of two above them, by which kernels are chosen, and the same one that
+    divides them, up to 16, for which they are compiled.
 
     Not where a graph is captured, which would hold what torch computes here, nor under hooks, which hear of kernels.
+    What fails here is left to the call itself: it does the same, and launches.
     """
     key = [arg if not isinstance(arg, list) else tuple(arg) for arg in args if not isinstance(arg, Tensor)]
     for arg in args:
         if isinstance(arg, Tensor):
-            key += [arg.dtype, *[(size.bit_length(), min(size & -size, 16)) for size in arg.shape[:1]], *arg.shape[1:]]
+            key += [
+                arg.dtype,
+                *[((size - 1).bit_length(), min(size & -size, 16)) for size in arg.shape[:1]],
+                *arg.shape[1:],
+            ]
     kind = (function, device, *key)
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     if kind in _met or capturing or hooked():
         return
     _met.add(kind)
-    compile_ahead(lambda: function(*args))
+    with suppress(Exception):
+        compile_ahead(lambda: function(*args))
 
 
 def forget() -> None:
