@@ -154,8 +154,36 @@ def _tensors(experts: int, hidden: int, tokens: int) -> Any:
 
 
 def ahead(driver: Driver) -> dict[str, Any]:
-    """What three steps compile and launch in a process that has compiled nothing, of 24, 24 and 26 tokens, what is said
-    of a kernel that does not compile, and how many launches there are after interrupts and failures that pass."""
+    """What three steps compile and launch in a process that has compiled nothing, of 24, 24 and 26 tokens: of each
+    kernel its name, the thread that compiled it, and how many launches there had been."""
+    import threading
+
+    from triton import knobs
+
+    from moefactory.triton import lookup
+
+    compiled: list[tuple[str, str, int]] = []
+
+    def heard(*, src: Any, cache_hit: bool, **more: Any) -> None:
+        compiled.append((src.name, threading.current_thread().name, driver.number("launches")))
+
+    found: dict[str, Any] = {}
+    knobs.compilation.listener = heard
+    for name, tokens in (("first", 24), ("again", 24), ("near", 26)):
+        compiled.clear()
+        before = driver.number("launches")
+        names = _whole(_tensors(4, 64, tokens), {})
+        launched = driver.number("launches") - before
+        since = [(kernel, thread, at - before) for kernel, thread, at in compiled]
+        found[name] = {"names": names, "launched": launched, "compiled": since}
+    knobs.compilation.listener = None
+    lookup.forget()  # other cases begin anew
+    return found
+
+
+def ahead_in_trouble(driver: Driver) -> dict[str, Any]:
+    """What is said of a kernel that does not compile; the launches of others after interrupts and failures that pass,
+    and beside an asynchronous mode of the caller's."""
     import _thread
     import contextlib
     import threading
@@ -173,26 +201,13 @@ def ahead(driver: Driver) -> dict[str, Any]:
     def refused(out, ONE: tl.constexpr):
         tl.static_assert(ONE != 1, "one is not two")
 
-    compiled: list[tuple[str, str, int]] = []
-
-    def heard(*, src: Any, cache_hit: bool, **more: Any) -> None:
-        compiled.append((src.name, threading.current_thread().name, driver.number("launches")))
-
-    def failed_once(**compiled: Any) -> None:
+    def failing(**compiled: Any) -> None:
         raise MemoryError
 
     def interrupted(**compiled: Any) -> None:
         _thread.interrupt_main()  # as by Ctrl-C: whoever compiles goes on
 
     found: dict[str, Any] = {}
-    knobs.compilation.listener = heard
-    for name, tokens in (("first", 24), ("again", 24), ("near", 26)):
-        compiled.clear()
-        before = driver.number("launches")
-        names = _whole(_tensors(4, 64, tokens), {})
-        launched = driver.number("launches") - before
-        found[name] = {"names": names, "launched": launched, "compiled": [(n, m, at - before) for n, m, at in compiled]}
-    knobs.compilation.listener = None
 
     def run(one: int) -> None:
         launch.launch("refused", refused, (1,), torch.zeros(1), ONE=one)
@@ -202,7 +217,7 @@ def ahead(driver: Driver) -> dict[str, Any]:
         run(1)
     except triton.CompilationError as failed:
         found["refused"] = str(failed).strip().splitlines()[-1]
-    for constant, trouble in ((2, interrupted), (3, failed_once)):
+    for constant, trouble in ((2, interrupted), (3, failing)):
         knobs.compilation.listener = trouble
         with contextlib.suppress(KeyboardInterrupt):
             launch.compile_ahead(lambda constant=constant: run(constant))
@@ -442,6 +457,7 @@ def moved(driver: Driver) -> dict[str, str]:
 
 CASES: dict[str, Callable[[Driver], Any]] = {
     "ahead": ahead,
+    "ahead, in trouble": ahead_in_trouble,
     "same parameters": same_parameters,
     "descriptors": descriptors,
     "hooks": hooks,

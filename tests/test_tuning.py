@@ -291,6 +291,40 @@ def test_the_probe_leaves_no_trace(device, monkeypatch):
 
 
 @interpreted
+def test_candidates_are_compiled_before_they_are_judged(times, monkeypatch):
+    """Some at a time, here three of four and then one, each on what it is judged by and on what it is timed by; one
+    that cannot run stops none."""
+    block, happened = fused_block("cpu"), []
+
+    def together(run):
+        happened.append("together")
+        run()
+
+    def runner(problem, config):  # what is no function cannot run
+        happened.append(("runner", config))
+        return problem.launch, config
+
+    monkeypatch.setattr(tuning, "TOGETHER", 3)
+    monkeypatch.setattr(tuning, "interpreting", lambda: False)
+    monkeypatch.setattr(tuning, "compile_ahead", together)
+    monkeypatch.setattr(tuning, "runner", runner)
+    report = block.tune(TOKENS, passes=["bwd_dX"], timer=times.timer, progress=lambda event: happened.append(event.row))
+    for one in dict.fromkeys(row.launch for row in report.rows):
+        configs = [row.config for row in report.rows if row.launch == one]
+        assert len(configs) == 4
+        for some in (configs[:3], configs[3:]):
+            expected = ["together", *(("runner", config) for config in some for _ in range(2))]
+            assert happened[: len(expected)] == expected
+            del happened[: len(expected)]
+            for config in some:
+                assert happened.pop(0) == ("runner", config)
+                assert happened.pop(0).config == config
+        while happened and happened[0] != "together":
+            del happened[0]  # the finalists, once more
+    assert happened == []
+
+
+@interpreted
 def test_tune_finds_keeps_and_uses_the_fastest(times):
     """Winners are what the timer liked; a later process (memory dropped) uses them and searches nothing again."""
     block = fused_block("cpu")

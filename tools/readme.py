@@ -142,6 +142,13 @@ def times() -> str:
     return f"{table(('seconds', *_COLUMNS), lines)}\n\n{note}\n{made}"
 
 
+def _versions(result: dict[str, Any]) -> str:
+    """Versions, GPU and commit of a result."""
+    of = dict(result["versions"])
+    commit = of.pop("commit")[:7]
+    return ", ".join(f"{name} {number}" for name, number in of.items()) + f", commit `{commit}`"
+
+
 def speed() -> str:
     """The block on each GPU, from the committed results of ``benchmarks/block.py``."""
     head = ("model", "tokens", "saved", "forward ms", "share", "step ms", "share", "held MiB", "peak of a step MiB")
@@ -156,8 +163,7 @@ def speed() -> str:
             )
             for row in result["rows"]
         ]  # fmt: skip
-        versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items() if name != "commit")
-        parts.append(f"{versions}, commit `{result['versions']['commit'][:7]}`:\n\n{table(head, lines)}")
+        parts.append(f"{_versions(result)}:\n\n{table(head, lines)}")
     return "\n\n".join(parts)
 
 
@@ -218,9 +224,8 @@ def beside() -> str:
         )
         for row in result["rows"] if row["tokens"] == most
     ]  # fmt: skip
-    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items() if name != "commit")
     head = ("model", "held", "`sm_margin`", "forward ms", "step ms", "dense ms")
-    return f"{versions}, commit `{result['versions']['commit'][:7]}`:\n\n{table(head, lines)}"
+    return f"{_versions(result)}:\n\n{table(head, lines)}"
 
 
 _COLUMNS = ("median", "least", "most")

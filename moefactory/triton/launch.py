@@ -1,4 +1,4 @@
-"""Launching kernels and naming those that ran; where they run and how many programs that takes."""
+"""Launching kernels, compiling them ahead, naming those that ran; where they run and how many programs that takes."""
 
 from __future__ import annotations
 

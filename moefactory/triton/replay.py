@@ -79,36 +79,35 @@ def replayed(function: Callable[..., Any]) -> Callable[..., Any]:
             if len(_tapes) >= MAX_TAPES:
                 forget()
             _tapes[kind] = _SEEN
-            _prepare(function, args, device)
+            _prepare(kind, args)
         return function(*args)
 
     return run
 
 
-def _prepare(function: Callable[..., Any], args: tuple[Any, ...], device: torch.device) -> None:
-    """Compile what a call launches, unless its like has been met before.
-
-    Alike are numbers of rows with the same power of two above them, by which kernels are chosen, and the same one that
-    divides them, up to 16, for which they are compiled.
+def _prepare(kind: tuple[Any, ...], args: tuple[Any, ...]) -> None:
+    """Compile what the first call of a kind (its function, its device, ...) launches, unless its like has been met.
 
     Not where a graph is captured, which would hold what torch computes here, nor under hooks, which hear of kernels.
     What fails here is left to the call itself: it does the same, and launches.
     """
-    key = [arg if not isinstance(arg, list) else tuple(arg) for arg in args if not isinstance(arg, Tensor)]
-    for arg in args:
-        if isinstance(arg, Tensor):
-            key += [
-                arg.dtype,
-                *[((size - 1).bit_length(), min(size & -size, 16)) for size in arg.shape[:1]],
-                *arg.shape[1:],
-            ]
-    kind = (function, device, *key)
+    function, device, *_ = kind
+    like = tuple(_like(part) for part in kind)
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if kind in _met or capturing or hooked():
+    if like in _met or capturing or hooked():
         return
-    _met.add(kind)
+    _met.add(like)
     with suppress(Exception):
         compile_ahead(lambda: function(*args))
+
+
+def _like(part: Any) -> Any:
+    """What a part of a kind is to kernels: of a shape's rows the power of two above them, by which they are chosen, and
+    the one that divides them, up to 16, for which they are compiled."""
+    if not isinstance(part, torch.Size) or not part:
+        return part
+    rows, *rest = part
+    return (rows - 1).bit_length(), min(rows & -rows, 16), *rest
 
 
 def forget() -> None:
