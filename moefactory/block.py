@@ -15,7 +15,6 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import (
@@ -353,18 +352,20 @@ class Qwen3MoeFusedGroupedGEMMBlock(Qwen3MoeGroupedGEMMBlock):
 
     def _routed(self, x: Tensor, gate: Tensor, gate_up_proj: Tensor) -> tuple[Tensor, Tensor, RoutingPlan]:
         from moefactory.triton import few_tokens, pipeline
+        from moefactory.triton.gate import router_logits
 
         model, tokens = self.model, x.shape[0]
         if not few_tokens.few(tokens, model.num_experts):
             return super()._routed(x, gate, gate_up_proj)
-        logits = F.linear(x, gate)
+        logits = router_logits(x, gate)
         block_m = pipeline.first_block_m(gate_up_proj, tokens * model.top_k, self.fused)
         return logits, *few_tokens.route(logits, model.top_k, model.norm_topk_prob, block_m)
 
     def _route(self, x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         from moefactory.triton import router
+        from moefactory.triton.gate import router_logits
 
-        logits = F.linear(x, gate)
+        logits = router_logits(x, gate)
         return logits, *router.select(logits, self.model.top_k, self.model.norm_topk_prob)
 
     def _plan(self, selected_experts: Tensor) -> RoutingPlan:

@@ -39,6 +39,7 @@ from moefactory.reference import ExpertOptions
 from moefactory.reference import compute_experts as torch_experts
 from moefactory.routing import RoutingPlan, make_plan
 from moefactory.triton import few_tokens, lookup
+from moefactory.triton.gate import MAX_TOKENS_FORWARD
 from moefactory.triton.options import FusedOptions
 from moefactory.triton.plan import BLOCK, BLOCK_ALONE, FEW_BLOCKS, MAX_FEW_GROUPS
 
@@ -360,15 +361,17 @@ def fused_block(model: ResolvedModel, dtype: torch.dtype, seed: int = 0, **more:
 
 
 def expected_front(tokens: int, experts: int, top_k: int, *, whole: bool) -> list[str]:
-    """The kernels from the logits to the plan, for at least one token; where the block is one operator the router
-    counts for the plan if a block of slots is 8, 16 or 32 tokens, of at most 128 experts."""
+    """The kernels from x to the plan, for at least one token; where the block is one operator the router counts for the
+    plan if a block of slots is 8, 16 or 32 tokens, of at most 128 experts."""
+    gate = ["gate"] if tokens <= MAX_TOKENS_FORWARD else []
     if few_tokens.few(tokens, experts):
-        return ["route_few_tokens"]
+        return [*gate, "route_few_tokens"]
     if tokens * top_k <= BLOCK_ALONE:
-        return ["route_forward", "plan_alone"]
+        return [*gate, "route_forward", "plan_alone"]
     counted = whole and top_k in {4, 8, 16} and experts <= 128
     few = tokens * top_k <= FEW_BLOCKS * BLOCK and experts < MAX_FEW_GROUPS
     return [
+        *gate,
         "route_forward",
         *([] if counted else ["plan_histogram"]),
         *([] if few else ["plan_prefix"]),

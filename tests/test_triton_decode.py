@@ -21,14 +21,14 @@ from torch import Tensor
 
 from moefactory.block import Qwen3MoeFusedGroupedGEMMBlock
 from moefactory.config import ResolvedModel
-from moefactory.triton import decode
+from moefactory.triton import decode, replay
 from moefactory.triton.launch import record_launches
 from moefactory.triton.ops import compute_experts
 from moefactory.triton.options import FusedOptions
 
 MODEL = ResolvedModel(64, 32, 8, 2, True, "silu")
 NAMES = ["decode_gate", "decode_experts"] if GPU else ["decode_gate", "decode_experts", "decode_experts"]
-ORDINARY = ["route_few_tokens", "forward_up", "forward", "combine"]
+ORDINARY = ["gate", "route_few_tokens", "forward_up", "forward", "combine"]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MODELS = {
     "even": MODEL,
@@ -113,14 +113,49 @@ def test_integers_bit_for_bit(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("tokens", range(1, decode.MAX_TOKENS + 1))
 def test_the_same_experts_as_with_gradients(tokens: int) -> None:
-    """A forward that is to be differentiated takes the other kernels; both agree to rounding."""
+    """A forward that is to be differentiated takes the other kernels; both agree to rounding, logits to the bit."""
     block, (x, _) = make_block(), judge.data(tokens, MODEL, torch.float32)
     got, _ = forward(block, x)
     with record_launches() as names:
         out, logits = block(x.to(DEVICE))
     assert names == ORDINARY
     torch.testing.assert_close(got["hidden_states"], out.detach().cpu(), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(got["router_logits"], logits.detach().cpu(), rtol=1e-5, atol=1e-6)
+    assert torch.equal(got["router_logits"], logits.detach().cpu())
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("name", ["even", "no power of two"])
+def test_any_number_of_programs(name: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits: also where the programs' first rows lie in several experts, in some or in all of a token's."""
+    model = MODELS[name]
+    block, (x, _) = make_block(model), judge.data(tokens, model, torch.float32)
+    expected, _ = forward(block, x)
+    of_an_expert = -(-model.moe_intermediate_size // 2)  # units
+    firsts = []
+    for most in (1, of_an_expert, 2 * of_an_expert, 4 * model.top_k * of_an_expert):
+        monkeypatch.setattr(decode, "num_programs", lambda *args, most=most: most)
+        sizes = (tokens, model.num_experts, model.hidden_size, model.moe_intermediate_size, model.top_k, True)
+        *_, constants = decode._constants(sizes, torch.float32, False, most)
+        firsts.append(constants["FIRST"])
+        replay.forget()
+        got, names = forward(block, x)
+        assert names == NAMES
+        assert [key for key in got if not torch.equal(got[key], expected[key])] == []
+    assert firsts[0] == 1
+    assert 1 < firsts[2] <= firsts[3] <= model.top_k
+
+
+def test_programs_share_evenly() -> None:
+    """Units up and down, and how many programs of at most 528 read them; half of 528 or more, and of equals the fewest.
+
+    The model's sizes, one token: 3,072 and 512 units are six and one for each of 512. An H100's or H200's 528 programs
+    would have six and one, too, but some of them less.
+    """
+    assert decode._even(528, (3072, 2), (512, 3)) == 512
+    assert decode._even(528, (528, 2), (528, 3)) == 528
+    assert decode._even(528, (528, 2), (1, 3)) == 528
+    assert decode._even(528, (1, 2), (1, 3)) == 264
+    assert decode._even(1, (5, 2), (5, 3)) == 1
 
 
 # --- which experts ----------------------------------------------------------------------------------------------------

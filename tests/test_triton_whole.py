@@ -6,7 +6,7 @@ logits, torch's own autograd through the torch backend in float64.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import product
 from typing import Any
 
@@ -22,7 +22,15 @@ from torch import Tensor
 from moefactory.block import Qwen3MoeFusedGroupedGEMMBlock, Qwen3MoeGroupedGEMMBlock
 from moefactory.config import ResolvedModel
 from moefactory.triton import combine, whole
-from moefactory.triton.gate import MAX_TOKENS, gate_gradient
+from moefactory.triton.gate import (
+    MAX_TOKENS,
+    MAX_TOKENS_FORWARD,
+    MAX_WIDTH,
+    _router_logits,
+    gate_gradient,
+    gate_logits,
+    router_logits,
+)
 from moefactory.triton.launch import record_launches
 from moefactory.triton.ops import compute_experts
 from moefactory.triton.options import FusedOptions
@@ -112,6 +120,103 @@ def test_sum_dX_keeps_a_bad_row_to_its_token() -> None:
     assert torch.equal(dx.isnan(), bad)
 
 
+# --- the gate ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize(
+    "sizes", [(1, 1, 8), (3, 5, 40), (4, 3, 2056), (5, 3, 1032), (MAX_TOKENS_FORWARD, 129, 72)], ids=str
+)
+def test_gate_logits(sizes: tuple[int, int, int], dtype: torch.dtype) -> None:
+    """Against float64, up to four tokens and above, rows of one piece and of two: sums of float32 in some order, then
+    one rounding to the dtype.
+
+    The bound is one unit in the last place of the result, plus float32's of the sum of the addends' sizes.
+    """
+    tokens, experts, width = sizes
+    draw = torch.Generator().manual_seed(7)
+    x, gate = (torch.randn(n, width, generator=draw, dtype=torch.float64).to(dtype) for n in (tokens, experts))
+    apart = torch.stack([gate, gate], dim=2)[..., 0]  # of other strides
+    for one in (gate.to(DEVICE), apart.to(DEVICE)):
+        with record_launches() as names:
+            got = gate_logits(x.to(DEVICE), one)
+        assert names == ["gate"]
+        assert (got.shape, got.dtype) == ((tokens, experts), dtype)
+        exact, terms = x.double() @ gate.double().T, x.double().abs() @ gate.double().abs().T
+        inner = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+        assert (
+            (got.cpu().double() - exact).abs() <= exact.abs() * torch.finfo(dtype).eps + terms * inner * width
+        ).all()
+
+
+@pytest.mark.parametrize(("tokens", "width"), [(0, 24), (MAX_TOKENS_FORWARD + 1, 24), (2, MAX_WIDTH + 8)])
+def test_gate_logits_of_none_or_many_tokens_or_wide_rows_are_torchs(tokens: int, width: int) -> None:
+    x, gate = (torch.randn(n, width, device=DEVICE, dtype=WIDE) for n in (tokens, 8))
+    with record_launches() as names:
+        assert torch.equal(gate_logits(x, gate), torch.nn.functional.linear(x, gate))
+    assert names == []
+
+
+@pytest.mark.parametrize("numbers", [range(1, 5), (5, 6, MAX_TOKENS_FORWARD)])
+def test_gate_logits_of_a_token_are_its_own(numbers: Iterable[int]) -> None:
+    """Its bits do not depend on how many others there are, nor on NaN in another one."""
+    draw = torch.Generator().manual_seed(8)
+    x, gate = (torch.randn(n, 200, generator=draw).to(DEVICE) for n in (MAX_TOKENS_FORWARD, 9))
+    first, *others = (gate_logits(x[:tokens], gate)[:1] for tokens in numbers)
+    assert all(torch.equal(first, other) for other in others)
+    x[1:] = float("nan")
+    assert torch.equal(gate_logits(x[: max(numbers)], gate)[:1], first)
+
+
+def test_router_logits_are_differentiated_as_torchs() -> None:
+    """First and second derivatives of the operator, in float64 on a CPU by torch's own check."""
+    draw = torch.Generator().manual_seed(8)
+    x, gate = (torch.randn(n, 12, generator=draw, dtype=WIDE).to(DEVICE).requires_grad_() for n in (3, 5))
+    torch.library.opcheck(_router_logits, (x, gate))
+    with record_launches() as names:
+        logits = router_logits(x, gate)
+    assert names == ["gate"]
+    torch.testing.assert_close(logits, x @ gate.T)
+    dlogits = torch.randn(3, 5, generator=draw, dtype=WIDE).to(DEVICE).requires_grad_()
+    found = torch.autograd.grad(logits, (x, gate), dlogits, create_graph=True)
+    expected = torch.autograd.grad(x @ gate.T, (x, gate), dlogits, create_graph=True)
+    torch.testing.assert_close(found, expected)
+    loss = lambda grads: sum(grad.square().sum() for grad in grads)  # noqa: E731
+    second = [torch.autograd.grad(loss(grads), (x, gate, dlogits)) for grads in (found, expected)]
+    torch.testing.assert_close(*second)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "names"), [(torch.float32, []), (torch.bfloat16, ["gate"])], ids=["cast", "as it is"]
+)
+def test_router_logits_under_autocast(dtype: torch.dtype, names: list[str]) -> None:
+    """What autocast would cast is torch's; what has its dtype already is the kernel's."""
+    x, gate = (torch.randn(n, 24, device=DEVICE, dtype=dtype) for n in (3, 5))
+    with torch.autocast(DEVICE, torch.bfloat16), record_launches() as launched:
+        logits = router_logits(x, gate)
+        torch.testing.assert_close(logits, torch.nn.functional.linear(x, gate))
+    assert launched == names
+    assert logits.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((3, 23), torch.float32), ((3, 24), torch.float16)], ids=["width", "dtype"]
+)
+def test_router_logits_of_what_does_not_fit_are_refused_by_torch(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    gate = torch.zeros(5, 24, device=DEVICE)
+    with pytest.raises(RuntimeError, match=r"mat1 and mat2|same dtype"), record_launches() as names:
+        router_logits(torch.zeros(shape, device=DEVICE, dtype=dtype), gate)
+    assert names == []
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's own, at first use
+def test_router_logits_have_no_forward_mode_derivative() -> None:
+    """As everything here: refused, where the dispatcher would drop the tangent."""
+    x, gate = torch.zeros(3, 24, device=DEVICE), torch.zeros(5, 24, device=DEVICE)
+    with fwAD.dual_level(), pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        router_logits(fwAD.make_dual(x, torch.ones_like(x)), gate)
+
+
 # --- the gate's gradient ----------------------------------------------------------------------------------------------
 
 
@@ -199,11 +304,12 @@ def test_losses_of_the_logits(used: str, norm: bool, flags: dict[str, bool]) -> 
 @pytest.mark.parametrize("tokens", [0, 1, 5, 65, 150])
 def test_the_node_and_its_parts(tokens: int, dtype: torch.dtype) -> None:
     """The same numbers as from router, plan and experts by themselves: all bits but those of dX and of what is seen
-    through another product, dX by the judge's rule."""
+    through another product, dX by the judge's rule. The gate's product is torch's in both."""
     block = make_block(MODEL, dtype)
     x, dy = judge.data(tokens, MODEL, dtype)
-    got = step(block, x, dy, None)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(whole, "gate_logits", torch.nn.functional.linear)
+        got = step(block, x, dy, None)
         patch.setattr(Qwen3MoeFusedGroupedGEMMBlock, "_at_once", lambda *args: None)
         apart = step(block, x, dy, None)
     assert set(got) == set(apart)

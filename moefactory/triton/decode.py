@@ -8,7 +8,8 @@
 
 There is one row to multiply a weight by, so that nothing is sorted, and products are sums over registers, without
 tensor cores. Programs of `decode_experts` each choose the experts for themselves, which is cheaper than to wait for one
-that does, and each has asked for its first rows of Wd when it begins to wait for A.
+that does. Each asks for its first rows of Wg and Wu when it knows their experts, before it knows the others, and has
+asked for its first rows of Wd when it begins to wait for A. What is read once is the first to leave the L2 again.
 
 They all wait for each other, so that all must run at once: the launch is a cooperative one. Interpreted, where programs
 run one after the other, its two products are two launches.
@@ -39,81 +40,21 @@ from torch import Tensor
 from ..machine import interpreting
 from .activation import swiglu
 from .choice import _capability
-from .launch import launch, num_programs, on_device, power_of_2
+from .gate import gate_kernel, gate_launch
+from .launch import cdiv, launch, num_programs, on_device, power_of_2
 from .library import call, define, differentiate, refuse_forward_mode, within
 from .ops import check_weights
 from .options import FusedOptions
-from .router import probabilities
+from .router import choose, probabilities
 
 MAX_TOKENS = 4  # beyond, tokens share experts, whose weights the ordinary kernels read once
 MAX_TOKENS_WIDE = 2  # where a row of x is more than PIECE, as in the 235B model, which gains nothing from then on
 PIECE = 4096  # bytes of each row of weights that a program takes at a time
 MAX_EXPERTS = 1024  # each program holds all of a token's probabilities
 MAX_TOP_K = 16  # the down product takes a row of each of a token's experts at a time
+READ_AGAIN = 16 << 20  # bytes that tokens with an expert in common read once more, on average: what the L2 is to keep
 PROGRAMS = 4  # a multiprocessor: with 128 registers a thread and 4 warps each, no more fit
 UP, DOWN, BOTH = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
-
-
-@triton.jit
-def _gate(
-    x_ptr,
-    gate_ptr,
-    logits_ptr,
-    arrived_ptr,
-    E: tl.constexpr,
-    H: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    DEPENDENT: tl.constexpr,
-):
-    if DEPENDENT:
-        tl.extra.cuda.gdc_launch_dependents()  # the other kernel may be put in place; it waits for the end of this one
-    expert = tl.program_id(0).to(tl.int64)
-    token = tl.program_id(1).to(tl.int64)
-    if (expert == 0) & (token == 0):
-        tl.store(arrived_ptr, 0)
-    products = tl.zeros((BLOCK_K,), tl.float32)
-    for first in tl.static_range(0, H, BLOCK_K):
-        offs_k = first + tl.arange(0, BLOCK_K)
-        w = tl.load(gate_ptr + expert * H + offs_k, mask=offs_k < H, other=0.0).to(tl.float32)
-        x = tl.load(x_ptr + token * H + offs_k, mask=offs_k < H, other=0.0).to(tl.float32)
-        products += w * x
-    tl.store(logits_ptr + token * E + expert, tl.sum(products, axis=0).to(logits_ptr.dtype.element_ty))
-
-
-@triton.jit
-def _choose(
-    logits_ptr,
-    T: tl.constexpr,
-    E: tl.constexpr,
-    TOP_K: tl.constexpr,
-    NORM: tl.constexpr,
-    TOKENS: tl.constexpr,
-    EXPERTS: tl.constexpr,
-    SLOTS: tl.constexpr,
-):
-    """(experts, their weights) of every token, [TOKENS, SLOTS]; zeros past the last slot."""
-    offs_t = tl.arange(0, TOKENS)
-    offs_e = tl.arange(0, EXPERTS)
-    offs_s = tl.arange(0, SLOTS)
-    p, total = probabilities(logits_ptr, offs_t, offs_e, T, E, tl.float32)  # rows past the end: nothing is made of them
-    broken = (total != total)[:, None]  # noqa: PLR0124 - a row of NaN selects the first experts; its weights are NaN
-    # floats of 0 and more are ordered as their bits; below them a number that falls with the expert's
-    bits = tl.where(broken, (EXPERTS - offs_e)[None, :], p.to(tl.int32, bitcast=True))
-    key = (bits.to(tl.int64) << 32) | (EXPERTS - 1 - offs_e)[None, :].to(tl.int64)
-    key = tl.where((offs_e < E)[None, :], key, -1)
-    experts = tl.zeros((TOKENS, SLOTS), tl.int32)
-    weights = tl.zeros((TOKENS, SLOTS), tl.float32)
-    for k in tl.static_range(TOP_K):
-        best = tl.max(key, axis=1)
-        expert = EXPERTS - 1 - (best & 0xFFFFFFFF).to(tl.int32)
-        here = (offs_s == k)[None, :]
-        experts = tl.where(here, expert[:, None], experts)
-        weights = tl.where(here, (best >> 32).to(tl.int32).to(tl.float32, bitcast=True)[:, None], weights)
-        key = tl.where(key == best[:, None], -1, key)  # taken
-    weights = tl.where(broken, float("nan"), weights)
-    if NORM:
-        weights = weights / tl.sum(weights, axis=1)[:, None]
-    return experts, weights
 
 
 @triton.jit
@@ -127,6 +68,7 @@ def _up_rows(
     TOP_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    EVICT: tl.constexpr,
 ):
     """(rows of Wg, rows of Wu) of this program's `step`, [BLOCK_N, BLOCK_K]; zeros, not loaded, from `steps` on."""
     NUM_N: tl.constexpr = (I + BLOCK_N - 1) // BLOCK_N
@@ -139,11 +81,12 @@ def _up_rows(
     offs_k = (step % NUM_K) * BLOCK_K + tl.arange(0, BLOCK_K)
     mask = (offs_n < tl.where(step < steps, I, 0))[:, None] & (offs_k < H)[None, :]
     ptrs = ptr + expert * (2 * I * H) + offs_n[:, None] * H + offs_k[None, :]
-    return tl.load(ptrs, mask=mask, other=0.0), tl.load(ptrs + I * H, mask=mask, other=0.0)
+    gate_rows = tl.load(ptrs, mask=mask, other=0.0, eviction_policy=EVICT)
+    return gate_rows, tl.load(ptrs + I * H, mask=mask, other=0.0, eviction_policy=EVICT)
 
 
 @triton.jit
-def _down_rows(
+def _down_at(
     ptr,
     step,
     steps,
@@ -154,7 +97,10 @@ def _down_rows(
     BLOCK_H: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
-    """Rows of Wd of this program's `step`, of each of a token's experts: [SLOTS, BLOCK_H, BLOCK_I]; zeros likewise."""
+    """Where rows of Wd are for this program's `step`, of each of a token's experts: (addresses, mask).
+
+    Both [SLOTS, BLOCK_H, BLOCK_I]; the mask is false likewise.
+    """
     NUM_H: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     NUM_I: tl.constexpr = (I + BLOCK_I - 1) // BLOCK_I
     unit = tl.program_id(0) + (step // NUM_I) * tl.num_programs(0)
@@ -165,7 +111,7 @@ def _down_rows(
     kept = tl.arange(0, experts.shape[1]) < tl.where(step < steps, TOP_K, 0)
     mask = kept[:, None, None] & (offs_h < H)[None, :, None] & (offs_i < I)[None, None, :]
     ptrs = ptr + expert[:, None, None] * (H * I) + offs_h[None, :, None] * I + offs_i[None, None, :]
-    return tl.load(ptrs, mask=mask, other=0.0)
+    return ptrs, mask
 
 
 @triton.jit
@@ -191,28 +137,45 @@ def _experts(
     BLOCK_K: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_I: tl.constexpr,
+    FIRST: tl.constexpr,
+    EVICT: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()
     OUT: tl.constexpr = out_ptr.dtype.element_ty
     program, programs = tl.program_id(0), tl.num_programs(0)
-    experts, weights = _choose(logits_ptr, T, E, TOP_K, NORM, TOKENS, EXPERTS, SLOTS)
-    weights = weights.to(OUT).to(tl.float32)
+    offs_s = tl.arange(0, SLOTS)
+    offs_e = tl.arange(0, EXPERTS)
+    p, total = probabilities(logits_ptr, tl.arange(0, TOKENS), offs_e, T, E, tl.float32)
 
     if PARTS != DOWN:
         NUM_N: tl.constexpr = (I + BLOCK_N - 1) // BLOCK_N
         NUM_K: tl.constexpr = (H + BLOCK_K - 1) // BLOCK_K
         steps = tl.cdiv(tl.maximum(T * TOP_K * NUM_N - program, 0), programs) * NUM_K
-        gate_rows, up_rows = _up_rows(gate_up_ptr, 0, steps, experts, H, I, TOP_K, BLOCK_N, BLOCK_K)
+        _, first, _ = choose(p, total, offs_e, offs_s, FIRST, False)
+        gate_rows, up_rows = _up_rows(gate_up_ptr, 0, steps, first, H, I, TOP_K, BLOCK_N, BLOCK_K, EVICT)
+        # Always so. The compiler does not know, and asks for the first rows before it chooses the other experts.
+        known = tl.sum(tl.sum(first, axis=1), axis=0) >= 0
+    else:
+        known = True
+    weights = tl.zeros((TOKENS, SLOTS), tl.float32)
+    experts = tl.zeros((TOKENS, SLOTS), tl.int32)
+    if known:
+        weights, experts, _ = choose(p, total, offs_e, offs_s, TOP_K, NORM)
+    weights = weights.to(OUT).to(tl.float32)
+
+    if PARTS != DOWN:
         gate = tl.zeros((BLOCK_N,), tl.float32)
         up = tl.zeros((BLOCK_N,), tl.float32)
         for step in range(steps):
-            next_gate, next_up = _up_rows(gate_up_ptr, step + 1, steps, experts, H, I, TOP_K, BLOCK_N, BLOCK_K)
             unit = program + (step // NUM_K) * programs
             slot = (unit // NUM_N).to(tl.int64)
             offs_k = (step % NUM_K) * BLOCK_K + tl.arange(0, BLOCK_K)
-            x = tl.load(x_ptr + (slot // TOP_K) * H + offs_k, mask=offs_k < H, other=0.0).to(tl.float32)[None, :]
+            # x first: asked for after the next rows, it would be answered after them
+            x = tl.load(x_ptr + (slot // TOP_K) * H + offs_k, mask=offs_k < H, other=0.0)
+            next_gate, next_up = _up_rows(gate_up_ptr, step + 1, steps, experts, H, I, TOP_K, BLOCK_N, BLOCK_K, EVICT)
+            x = x.to(tl.float32)[None, :]
             gate += tl.sum(gate_rows.to(tl.float32) * x, axis=1)
             up += tl.sum(up_rows.to(tl.float32) * x, axis=1)
             if step % NUM_K == NUM_K - 1:
@@ -227,18 +190,20 @@ def _experts(
         NUM_H: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
         NUM_I: tl.constexpr = (I + BLOCK_I - 1) // BLOCK_I
         steps = tl.cdiv(tl.maximum(T * NUM_H - program, 0), programs) * NUM_I
-        rows = _down_rows(down_ptr, 0, steps, experts, H, I, TOP_K, BLOCK_H, BLOCK_I)
+        ptrs, mask = _down_at(down_ptr, 0, steps, experts, H, I, TOP_K, BLOCK_H, BLOCK_I)
         if PARTS == BOTH:
             tl.debug_barrier()  # after the stores of all threads one of them says so
-            tl.atomic_add(arrived_ptr, 1, sem="release", scope="gpu")
+            tl.atomic_add(arrived_ptr, 1, sem="release", scope="gpu")  # which waits for all it has asked for: so before
+        rows = tl.load(ptrs, mask=mask, other=0.0, eviction_policy=EVICT)
+        if PARTS == BOTH:
             while tl.atomic_add(arrived_ptr, 0, sem="acquire", scope="gpu") < programs:
                 pass
             tl.debug_barrier()
-        offs_s = tl.arange(0, SLOTS)
         is_slot = offs_s < TOP_K
         y = tl.zeros((SLOTS, BLOCK_H), tl.float32)
         for step in range(steps):
-            next_rows = _down_rows(down_ptr, step + 1, steps, experts, H, I, TOP_K, BLOCK_H, BLOCK_I)
+            ptrs, mask = _down_at(down_ptr, step + 1, steps, experts, H, I, TOP_K, BLOCK_H, BLOCK_I)
+            next_rows = tl.load(ptrs, mask=mask, other=0.0, eviction_policy=EVICT)
             unit = program + (step // NUM_I) * programs
             token = (unit // NUM_H).to(tl.int64)
             offs_i = (step % NUM_I) * BLOCK_I + tl.arange(0, BLOCK_I)
@@ -307,32 +272,48 @@ def decode_tokens(
     with on_device(x.device):
         sizes = (tokens, experts, *down_proj.shape[1:], top_k, norm_topk_prob)
         # from Hopper on a kernel may be put in place before the one in front of it has ended
-        first, second = _constants(sizes, x.dtype, _capability(x.device) >= 90)
-        launch("decode_gate", _gate, (experts, tokens), x, gate, logits, arrived, **first)
-        grid, args = (
-            (num_programs(x.device, sm_margin, PROGRAMS),),
-            (x, logits, gate_up_proj, down_proj, a, out, arrived),
-        )
+        dependent, most = _capability(x.device) >= 90, num_programs(x.device, sm_margin, PROGRAMS)
+        grid, first, programs, second = _constants(sizes, x.dtype, dependent, most)
+        launch("decode_gate", gate_kernel, grid, x, gate, logits, arrived, tokens, experts, **first)
+        args = (x, logits, gate_up_proj, down_proj, a, out, arrived)
         for parts in (UP, DOWN) if interpreting() else (BOTH,):
-            launch("decode_experts", _experts, grid, *args, PARTS=parts.value, **second)
+            launch("decode_experts", _experts, (programs,), *args, PARTS=parts.value, **second)
     return out, logits
 
 
 @lru_cache(maxsize=1024)
-def _constants(sizes: tuple[int, ...], dtype: torch.dtype, dependent: bool) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The constexprs of the two launches; made once, as they take longer than a launch."""
+def _constants(
+    sizes: tuple[int, ...], dtype: torch.dtype, dependent: bool, most: int
+) -> tuple[tuple[int, int], dict[str, Any], int, dict[str, Any]]:
+    """Grid and constexprs of the two launches; made once, as they take longer than a launch."""
     tokens, experts, hidden, width, top_k, norm = sizes
-    block_k, slots = min(power_of_2(hidden), PIECE // dtype.itemsize), power_of_2(top_k)
-    shared = {"E": experts, "H": hidden}
-    gate = {**shared, "BLOCK_K": block_k, "DEPENDENT": dependent}
+    size, slots = dtype.itemsize, power_of_2(top_k)
+    grid, gate = gate_launch(tokens, experts, hidden, dtype)
     # 8 KB in each of the tiles that a program holds: a unit's rows while it asks for the next one's
-    tiles = {"BLOCK_N": 2, "BLOCK_K": block_k, "BLOCK_H": max(1, 64 // dtype.itemsize // slots)}
-    more = {"TOKENS": power_of_2(tokens), "EXPERTS": power_of_2(experts), "SLOTS": slots, "DEPENDENT": dependent}
-    given = {"T": tokens, **shared, "I": width, "TOP_K": top_k, "NORM": bool(norm), **tiles, **more}
-    given["BLOCK_I"] = min(power_of_2(width), 256)
+    tiles = {"BLOCK_N": 2, "BLOCK_K": min(power_of_2(hidden), PIECE // size)}
+    tiles |= {"BLOCK_H": max(1, 64 // size // slots), "BLOCK_I": min(power_of_2(width), 256)}
+    of_an_expert = cdiv(width, tiles["BLOCK_N"])
+    up = tokens * top_k * of_an_expert, 2 * tiles["BLOCK_N"] * hidden
+    down = tokens * cdiv(hidden, tiles["BLOCK_H"]), tiles["BLOCK_H"] * top_k * width
+    programs = _even(most, up, down)
+    again = tokens * (tokens - 1) // 2 * top_k**2 / experts * 3 * hidden * width * size
+    # TOKENS: at least one for each warp, so that each chooses without the others
+    more: dict[str, Any] = {"TOKENS": max(4, power_of_2(tokens)), "EXPERTS": power_of_2(experts), "SLOTS": slots}
+    more |= {"FIRST": min(top_k, cdiv(programs, of_an_expert)), "EVICT": "evict_first" if again <= READ_AGAIN else ""}
+    given = {"T": tokens, "E": experts, "H": hidden, "I": width, "TOP_K": top_k, "NORM": bool(norm), **tiles, **more}
+    given["DEPENDENT"] = dependent
     if not interpreting():
         given |= {"num_warps": 4, "maxnreg": 128, "launch_cooperative_grid": True, "launch_pdl": dependent}
-    return gate, given
+    return grid, {**gate, "DECODE": True, "DEPENDENT": dependent}, programs, given
+
+
+def _even(most: int, *parts: tuple[int, int]) -> int:
+    """How many programs, half of `most` or more, so that the busiest has least to read; of equals the fewest.
+
+    They read at one pace and wait for each other. `parts`: (units, elements of each), one part after the other.
+    """
+    choice = range(max(1, most // 2), most + 1)
+    return min(choice, key=lambda n: (sum(cdiv(units, n) * size for units, size in parts), n))
 
 
 def _no_backward(ctx: Any, *grads: Any) -> None:

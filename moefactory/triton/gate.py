@@ -1,26 +1,124 @@
-"""dgate = dlogits.T @ x: the gradient of the router's weight.
+"""The router's product, logits = x @ gate.T, and the gradient of its weight, dgate = dlogits.T @ x.
 
-For few tokens by a kernel here: it takes the GPU about as long as cuBLAS's does, and the host, whose calls a step of
-few tokens waits for, much less: some 14 us with its result's memory in place of 88, in the middle of a step (on two
-hosts).
+For few tokens by kernels here. The first takes 2 to 3 us of the GPU where cuBLAS's takes 5. The second takes the GPU
+about as long as cuBLAS's does, and the host, whose calls a step of few tokens waits for, much less: some 14 us with its
+result's memory in place of 88, in the middle of a step (on two hosts).
 
     argument   shape
-    dlogits    [T, E]
     x          [T, H]
+    gate       [E, H]
+    logits     [T, E]
+    dlogits    [T, E]
     dgate      [E, H]
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .launch import accumulator, cdiv, launch, on_device, power_of_2
+from .library import call, define, differentiate, refuse_forward_mode, within
 
-MAX_TOKENS = 512  # beyond, cuBLAS is faster
+MAX_TOKENS_FORWARD, MAX_TOKENS = 32, 512  # beyond, cuBLAS is faster
+MAX_WIDTH = 16384  # the loop over a row of the gate is unrolled: its loads go out together
 BLOCK = 64
+PIECE = 1024
+
+
+@triton.jit
+def gate_kernel(
+    x_ptr,
+    gate_ptr,
+    logits_ptr,
+    arrived_ptr,
+    T,
+    E,
+    H: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    DECODE: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """logits[t, e] of an expert and BLOCK_T tokens. With DECODE it is the first of `decode`'s two kernels."""
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()  # the other kernel may be put in place; it waits for the end of this one
+    expert = tl.program_id(0).to(tl.int64)
+    token = tl.program_id(1).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    if DECODE:
+        if (expert == 0) & (tl.program_id(1) == 0):
+            tl.store(arrived_ptr, 0)
+    products = tl.zeros((BLOCK_T, BLOCK_K), ACC)
+    for first in tl.static_range(0, H, BLOCK_K):
+        offs_k = first + tl.arange(0, BLOCK_K)
+        w = tl.load(gate_ptr + expert * H + offs_k, mask=offs_k < H, other=0.0).to(ACC)
+        mask = (token < T)[:, None] & (offs_k < H)[None, :]
+        products += w[None, :] * tl.load(x_ptr + token[:, None] * H + offs_k[None, :], mask=mask, other=0.0).to(ACC)
+    logits = tl.sum(products, axis=1).to(logits_ptr.dtype.element_ty)
+    tl.store(logits_ptr + token * E + expert, logits, mask=token < T)
+
+
+def gate_logits(x: Tensor, gate: Tensor) -> Tensor:
+    """logits [T,E] in x's dtype of x [T,H], contiguous, and gate [E,H]: sums of float32 (float64 of float64)."""
+    (tokens, width), experts = x.shape, gate.shape[0]
+    if not 0 < tokens <= MAX_TOKENS_FORWARD or width > MAX_WIDTH:
+        return F.linear(x, gate)
+    logits = torch.empty(tokens, experts, dtype=x.dtype, device=x.device)
+    grid, meta = gate_launch(tokens, experts, width, x.dtype)
+    with on_device(x.device):
+        args = (x, gate.contiguous(), logits, logits, tokens, experts)
+        launch("gate", gate_kernel, grid, *args, **meta, DECODE=False, DEPENDENT=False)
+    return logits
+
+
+def gate_launch(tokens: int, experts: int, width: int, dtype: torch.dtype) -> tuple[tuple[int, int], dict[str, Any]]:
+    """Grid and meta-parameters of `gate_kernel`; the same for the one to four tokens of `decode` and for others.
+
+    More than four: two tokens share a row of the gate. With more of them a program waits longer for their sums.
+    """
+    block_t, piece, warps = (1, 2 * PIECE, 8) if tokens <= 4 else (2, PIECE, 4)
+    sides = {"BLOCK_T": block_t, "BLOCK_K": min(piece, power_of_2(width)), "num_warps": warps}
+    return (experts, cdiv(tokens, block_t)), {"H": width, "ACC": accumulator(dtype), **sides}
+
+
+def _fake(x: Tensor, gate: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], gate.shape[0])
+
+
+@define("router_logits(Tensor x, Tensor gate) -> Tensor", _fake)
+def _router_logits(x: Tensor, gate: Tensor) -> Tensor:
+    return gate_logits(x.contiguous(), gate)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, dlogits: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    x, gate = ctx.saved_tensors  # by torch, which can differentiate again
+    need_x, need_gate = ctx.needs_input_grad
+    return dlogits @ gate if need_x else None, dlogits.t() @ x if need_gate else None
+
+
+differentiate(_router_logits, _backward, _save)
+
+
+def router_logits(x: Tensor, gate: Tensor) -> Tensor:
+    """x @ gate.T as torch has it, but of few tokens by the kernel that the whole block takes: its bits."""
+    kind = x.device.type
+    autocast = torch.is_autocast_enabled(kind) and x.dtype not in {torch.get_autocast_dtype(kind), torch.float64}
+    fit = x.ndim == 2 and x.shape[1] == gate.shape[1] <= MAX_WIDTH and (x.dtype, x.device) == (gate.dtype, gate.device)
+    if autocast or not fit or not within(x.shape[0], MAX_TOKENS_FORWARD):
+        return F.linear(x, gate)
+    refuse_forward_mode(x, gate)
+    logits: Tensor = call(_router_logits, x, gate)
+    return logits
 
 
 @triton.jit

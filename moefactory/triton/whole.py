@@ -19,11 +19,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import few_tokens
-from .gate import gate_gradient
+from .gate import gate_gradient, gate_logits
 from .launch import laid_out, on_device
 from .library import call, define, differentiate, given_back, no_second_derivative, refuse_forward_mode
 from .ops import check_weights, empty_gradients, refuse_compiled_reuse, spend
@@ -88,7 +87,7 @@ def _block_forward(
     o = parse(options)
     check_weights(x, gate.shape[0], gate_up_proj, down_proj, gate)
     x = laid_out(x)
-    logits = F.linear(x, gate)
+    logits = gate_logits(x, gate)
     parts = _parts(x, gate, o, norm_topk_prob)
     memory = torch.empty(size_of(parts), dtype=torch.uint8, device=x.device)
     routed = views_of(memory, parts)
