@@ -22,6 +22,7 @@ from torch import Tensor
 from moefactory.block import Qwen3MoeFusedGroupedGEMMBlock
 from moefactory.config import ResolvedModel
 from moefactory.triton import decode, replay
+from moefactory.triton.gate import MAX_WIDTH
 from moefactory.triton.launch import record_launches
 from moefactory.triton.ops import compute_experts
 from moefactory.triton.options import FusedOptions
@@ -121,6 +122,8 @@ def test_the_same_experts_as_with_gradients(tokens: int) -> None:
     assert names == ORDINARY
     torch.testing.assert_close(got["hidden_states"], out.detach().cpu(), rtol=1e-5, atol=1e-6)
     assert torch.equal(got["router_logits"], logits.detach().cpu())
+    apart = torch.empty(1 + x.numel(), device=DEVICE)[1:].view(x.shape).copy_(x)  # at no multiple of 16 bytes
+    assert torch.equal(forward(block, apart)[0]["router_logits"], got["router_logits"])
 
 
 @pytest.mark.parametrize("tokens", [1, 3])
@@ -345,6 +348,8 @@ def test_limits() -> None:
     assert not suits(tokens=most + 1)
     assert suits(tokens=wide, row=decode.PIECE + 16)
     assert not suits(tokens=wide + 1, row=decode.PIECE + 16)
+    assert suits(row=2 * MAX_WIDTH)
+    assert not suits(row=2 * (MAX_WIDTH + 1))
     assert not suits(dtype=torch.float64)  # which the interpreter has
 
 

@@ -136,8 +136,9 @@ def test_gate_logits(sizes: tuple[int, int, int], dtype: torch.dtype) -> None:
     tokens, experts, width = sizes
     draw = torch.Generator().manual_seed(7)
     x, gate = (torch.randn(n, width, generator=draw, dtype=torch.float64).to(dtype) for n in (tokens, experts))
-    apart = torch.stack([gate, gate], dim=2)[..., 0]  # of other strides
-    for one in (gate.to(DEVICE), apart.to(DEVICE)):
+    plain = gate.to(DEVICE)
+    apart = torch.stack([plain, plain], dim=2)[..., 0]  # of other strides
+    for one in (plain, apart):
         with record_launches() as names:
             got = gate_logits(x.to(DEVICE), one)
         assert names == ["gate"]
@@ -207,6 +208,37 @@ def test_router_logits_of_what_does_not_fit_are_refused_by_torch(shape: tuple[in
     with pytest.raises(RuntimeError, match=r"mat1 and mat2|same dtype"), record_launches() as names:
         router_logits(torch.zeros(shape, device=DEVICE, dtype=dtype), gate)
     assert names == []
+
+
+@pytest.mark.parametrize("frozen", ["x", "gate"])
+def test_router_logits_keep_what_the_backward_needs(frozen: str) -> None:
+    """Of a frozen operand no gradient is owed, so that the other one may be written to, as it may with torch's."""
+    x, gate = torch.randn(3, 24, device=DEVICE), torch.randn(5, 24, device=DEVICE)
+    leaf, other = (gate, x) if frozen == "x" else (x, gate)
+    leaf.requires_grad_()
+    made = leaf * 1
+    logits = router_logits(x, made) if frozen == "x" else router_logits(made, gate)
+    made.add_(1)
+    logits.sum().backward()
+    assert leaf.grad is not None
+    torch.testing.assert_close(leaf.grad, other.sum(0).expand(leaf.shape))
+
+
+def test_router_logits_leave_a_subclass_its_own_product() -> None:
+    """A gate that stands for something else, as a quantised one does, is asked, not read."""
+
+    class Doubled(Tensor):
+        @classmethod
+        def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            with torch._C.DisableTorchFunctionSubclass():
+                found = function(*args, **(kwargs or {}))
+            return 2 * found if function is torch.nn.functional.linear else found
+
+    x, gate = torch.randn(3, 24, device=DEVICE), torch.randn(5, 24, device=DEVICE)
+    with record_launches() as names:
+        got = router_logits(x, gate.as_subclass(Doubled))
+    assert names == []
+    torch.testing.assert_close(got.as_subclass(Tensor), 2 * (x @ gate.T))
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's own, at first use

@@ -40,8 +40,8 @@ from torch import Tensor
 from ..machine import interpreting
 from .activation import swiglu
 from .choice import _capability
-from .gate import gate_kernel, gate_launch
-from .launch import cdiv, launch, num_programs, on_device, power_of_2
+from .gate import MAX_WIDTH, gate_kernel, gate_launch
+from .launch import cdiv, laid_out, launch, num_programs, on_device, power_of_2
 from .library import call, define, differentiate, refuse_forward_mode, within
 from .ops import check_weights
 from .options import FusedOptions
@@ -228,7 +228,8 @@ def suits(x: Tensor, num_experts: int, top_k: int, options: FusedOptions) -> boo
     would hold on to the number that it sees.
     """
     fused = options.permute_x and options.permute_y and options.fuse_swiglu and options.fuse_combine
-    if not fused or options.kernels or top_k > MAX_TOP_K or num_experts > MAX_EXPERTS or x.itemsize > 4:
+    fit = top_k <= MAX_TOP_K and num_experts <= MAX_EXPERTS and x.shape[1] <= MAX_WIDTH and x.itemsize <= 4
+    if not fused or options.kernels or not fit:
         return False
     most = MAX_TOKENS if x.shape[1] * x.itemsize <= PIECE else MAX_TOKENS_WIDE
     return within(x.shape[0], most) and (torch.compiler.is_compiling() or not torch._C._is_tracing())
@@ -268,7 +269,7 @@ def decode_tokens(
     a = torch.empty(tokens * top_k, down_proj.shape[2], dtype=x.dtype, device=x.device)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     arrived = torch.empty(1, dtype=torch.int32, device=x.device)
-    x, gate = x.contiguous(), gate.contiguous()
+    x, gate = laid_out(x), gate.contiguous()
     with on_device(x.device):
         sizes = (tokens, experts, *down_proj.shape[1:], top_k, norm_topk_prob)
         # from Hopper on a kernel may be put in place before the one in front of it has ended

@@ -18,7 +18,7 @@ from .replay import replayed
 _LIBRARY = torch.library.Library("moefactory", "FRAGMENT")
 _IMPLEMENTATIONS: dict[Any, Callable[..., Any]] = {}
 _FUNCTIONS: dict[Any, type[torch.autograd.Function]] = {}
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+PLAIN = {torch.Tensor, torch.nn.Parameter}
 
 
 def define(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
@@ -50,7 +50,7 @@ def call(operator: Any, *args: Any) -> Any:
     differentiable = False
     for arg in args:
         if isinstance(arg, torch.Tensor):
-            if type(arg) not in _PLAIN:
+            if type(arg) not in PLAIN:
                 return operator(*args)
             differentiable = differentiable or arg.requires_grad
     if differentiable and torch.is_grad_enabled() and (function := _FUNCTIONS.get(operator)) is not None:
@@ -60,7 +60,7 @@ def call(operator: Any, *args: Any) -> Any:
 
 def traced(tensor: torch.Tensor) -> bool:
     """Whether this tensor may stand for another: it need not have an address then."""
-    return torch.compiler.is_compiling() or _observed() or type(tensor) not in _PLAIN
+    return torch.compiler.is_compiling() or _observed() or type(tensor) not in PLAIN
 
 
 def within(number: int, most: int) -> bool:
