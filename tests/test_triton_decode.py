@@ -161,6 +161,18 @@ def test_programs_share_evenly() -> None:
     assert decode._even(1, (5, 2), (5, 3)) == 1
 
 
+def test_which_weights_leave_the_l2_first() -> None:
+    """Those that are read once, or nearly: of Qwen's models up to 3 tokens and 1, with more the L2 is to keep some."""
+
+    def leave(hidden: int, width: int) -> list[bool]:
+        sizes = [(tokens, 128, hidden, width, 8, True) for tokens in range(1, decode.MAX_TOKENS + 1)]
+        found = [decode._constants(one, torch.bfloat16, True, 528)[-1]["EVICT"] for one in sizes]
+        return [policy == "evict_first" for policy in found]
+
+    assert leave(2048, 768) == [True, True, True, False]
+    assert leave(4096, 1536) == [True, False, False, False]
+
+
 # --- which experts ----------------------------------------------------------------------------------------------------
 
 

@@ -170,7 +170,7 @@ def test_gate_logits_of_a_token_are_its_own(numbers: Iterable[int]) -> None:
 
 
 def test_router_logits_are_differentiated_as_torchs() -> None:
-    """First and second derivatives of the operator, in float64 on a CPU by torch's own check."""
+    """First and second derivatives are those of torch's product; the operator passes torch's own check."""
     draw = torch.Generator().manual_seed(8)
     x, gate = (torch.randn(n, 12, generator=draw, dtype=WIDE).to(DEVICE).requires_grad_() for n in (3, 5))
     torch.library.opcheck(_router_logits, (x, gate))

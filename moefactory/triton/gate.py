@@ -5,10 +5,13 @@ cuBLAS's takes 4 (H 2048, E 128). The second takes the GPU about as long as cuBL
 step of few tokens waits for, much less: some 14 us with its result's memory in place of 88, in the middle of a step (on
 two hosts).
 
+`gate_logits` is a part of other operators; `router_logits` is one of its own, with a derivative, for who routes alone.
+
     argument   shape
     x          [T, H]
     gate       [E, H]
     logits     [T, E]
+    arrived    [1] int32   set to 0 for `decode`, whose first kernel the product is
     dlogits    [T, E]
     dgate      [E, H]
 """
@@ -26,10 +29,10 @@ from torch import Tensor
 from .launch import accumulator, cdiv, laid_out, launch, on_device, power_of_2
 from .library import PLAIN, call, define, differentiate, refuse_forward_mode, within
 
-MAX_TOKENS_FORWARD, MAX_TOKENS = 32, 512  # beyond, cuBLAS is faster
+MAX_TOKENS_FORWARD, MAX_TOKENS = 32, 512  # of the product, of the gradient; beyond, cuBLAS is faster
 MAX_WIDTH = 16384  # the loop over a row of the gate is unrolled: its loads go out together
-BLOCK = 64
-PIECE = 1024
+BLOCK = 64  # the gradient's tokens, experts and columns a program
+PIECE = 1024  # the product's columns at a time
 
 
 @triton.jit
